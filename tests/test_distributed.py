@@ -1,0 +1,78 @@
+"""Two processes on the CPU, joined by gloo, as torchrun starts them."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from train_gpt2 import to_toml
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs libuv there")
+
+
+def test_two_ranks_equal_one_process_and_rank_zero_alone_writes(
+    tiny_run, train, read_log, run_cli, tmp_path
+):
+    cfg = replace(
+        tiny_run, n_embd=16, vocab_size=50304, max_steps=10, eval_interval=5, eval_tokens=200,
+        micro_batch_size=2, sample_prompt="Hello,", log_interval=1,
+        hellaswag_examples=10, hellaswag_path=str(ROOT / "tests" / "data" / "hellaswag_own.jsonl"),
+    )  # fmt: skip
+    one = train(cfg)[1]
+    (tmp_path / "two.toml").write_text(to_toml(replace(cfg, run_name="")), encoding="utf-8")
+    done = run_cli("train_gpt2.py", "two.toml", launcher=TORCHRUN)
+    assert done.returncode == 0, done.stderr
+
+    folder = Path(cfg.log_dir) / "two"
+    two = read_log(folder)
+    assert two["lr"] == one["lr"] and two["hella"] == one["hella"]
+    for stream in ("train", "norm", "val"):
+        for step, value in one[stream].items():
+            assert two[stream][step] == pytest.approx(value, abs=1e-5), f"{stream} at {step}"
+
+    keys = [line.rsplit(maxsplit=1)[0] for line in (folder / "log.txt").read_text().splitlines()]
+    assert len(keys) == len(set(keys)) == 4 * 10 + 3 + 2
+    files = {"config.toml", "log.txt", "best.pt", "step_000010.pt", "loss.png"}
+    assert {path.name for path in folder.iterdir()} <= files
+    assert "2 micro-steps x 2 ranks" in done.stdout
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("  > ")]
+    assert len(re.findall(r"^step +\d+/10 ", done.stdout, re.MULTILINE)) == 10
+    assert len(lines) == len(set(lines)), "something is printed twice"
+
+
+@pytest.mark.parametrize(
+    "mistake, told", [("--data_dir=nowhere", "no train shards"), ("--n_layr=3", "--n_layer INT")]
+)
+def test_mistake_under_torchrun_is_told_once(run_cli, tmp_path, mistake, told):
+    done = run_cli("train_gpt2.py", mistake, "--device=cpu", launcher=TORCHRUN)
+    assert done.returncode != 0
+    assert (done.stdout + done.stderr).count(told) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, everyone", [(signal.SIGTERM, False), (signal.SIGINT, True)])
+def test_stopped_torchrun_saves_one_checkpoint(tiny_run, tmp_path, number, everyone):
+    """A scheduler signals torchrun, Ctrl-C in a terminal all processes; torchrun passes both on."""
+    cfg = replace(tiny_run, max_steps=100_000, total_batch_size=256, log_interval=1)
+    (tmp_path / "x.toml").write_text(to_toml(cfg), encoding="utf-8")
+    process = subprocess.Popen(
+        [sys.executable, *TORCHRUN, str(ROOT / "train_gpt2.py"), "x.toml"],
+        cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("step     5/"):
+            break
+    (os.killpg if everyone else os.kill)(process.pid, number)
+    told, _ = process.communicate(timeout=60)
+    step = int(re.search(r"stopped after step (\d+); to continue", told)[1])
+    saved = [path.name for path in (Path(cfg.log_dir) / "run").glob("*.pt")]
+    assert saved == [f"step_{step:06d}.pt"]

@@ -1,0 +1,202 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fineweb import END_OF_TEXT, tokenizer
+from train_gpt2 import GPT, Config, KVCache, Sampling, complete, generate, sample_token
+
+GREEDY = Sampling(temperature=0.0)
+
+
+def prompt(rows, length, seed=0):
+    return torch.randint(512, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def continued(model, idx, n, how=GREEDY, seed=0):
+    """The new ids (B, <= n) of idx's continuation."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.cat(list(generate(model, idx, n, how, generator)), dim=1)
+
+
+def drawn(probabilities, rows=4000, seen=None, **how):
+    """How often sample_token draws each id, as a list of frequencies."""
+    logits = torch.tensor(probabilities).log().expand(rows, -1)
+    seen = torch.zeros(rows, 0, dtype=torch.long) if seen is None else seen.expand(rows, -1)
+    ids = sample_token(logits, seen, Sampling(**how), torch.Generator().manual_seed(0))
+    assert ids.shape == (rows, 1)
+    return (ids.flatten().bincount(minlength=len(probabilities)) / rows).tolist()
+
+
+# ---------------------------------------------------------------- cache and context
+
+
+@torch.inference_mode()
+def test_cached_logits_equal_the_full_forward(tiny, toggles, make_model):
+    model, idx = make_model(replace(tiny, **toggles)), prompt(3, 16)
+    expected = model(idx)
+    for first in (1, 7, 16):  # tokens read at once, before the others one at a time
+        cache = KVCache(model.cfg)
+        parts = [model(idx[:, :first], cache=cache)]
+        parts += [model(idx[:, t : t + 1], cache=cache) for t in range(first, 16)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 5, 15, 16, 17, 40])
+@torch.inference_mode()
+def test_generation_equals_full_forwards_past_the_block_size_too(tiny, toggles, make_model, length):
+    model, idx = make_model(replace(tiny, **toggles)), prompt(2, length)
+    generator, window, expected = torch.Generator().manual_seed(0), idx[:, -16:], []
+    for _ in range(40):
+        if window.size(1) > 16:
+            window = window[:, -9:]  # the later half of the context, and the newest token
+        new = sample_token(model(window)[:, -1], window, Sampling(), generator)
+        window = torch.cat((window, new), dim=1)
+        expected.append(new)
+    assert torch.equal(continued(model, idx, 40, Sampling()), torch.cat(expected, dim=1))
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def test_greedy_takes_the_likeliest_and_ignores_the_seed(tiny, make_model):
+    model, idx = make_model(tiny), prompt(2, 4)
+    first = continued(model, idx, 30)
+    assert torch.equal(first[:, :1], model(idx)[:, -1].argmax(-1, keepdim=True))
+    assert torch.equal(continued(model, idx, 30, seed=1), first)
+
+
+def test_top_k_one_is_greedy(tiny, make_model):
+    model, idx = make_model(tiny), prompt(2, 4)
+    assert torch.equal(
+        continued(model, idx, 30, Sampling(top_k=1, temperature=5.0)), continued(model, idx, 30)
+    )
+
+
+def test_same_seed_gives_the_same_text_and_another_seed_another(tiny, make_model):
+    model, idx = make_model(tiny), prompt(2, 4)
+    first = continued(model, idx, 20, Sampling())
+    assert torch.equal(continued(model, idx, 20, Sampling()), first)
+    assert not torch.equal(continued(model, idx, 20, Sampling(), seed=1), first)
+
+
+def test_rows_of_one_prompt_are_sampled_independently(tiny, make_model):
+    new = continued(make_model(tiny), prompt(1, 4).repeat(8, 1), 10, Sampling())
+    assert len({tuple(row) for row in new.tolist()}) == 8
+
+
+def test_a_row_does_not_depend_on_the_other_rows(tiny, make_model):
+    model, idx = make_model(tiny), prompt(3, 4)
+    together = continued(model, idx, 30)
+    alone = torch.cat([continued(model, row[None], 30) for row in idx])
+    assert torch.equal(together, alone)
+
+
+def test_frequencies_are_the_probabilities_at_temperature_one():
+    assert drawn([0.5, 0.3, 0.15, 0.05]) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
+
+
+def test_temperature_sharpens_and_flattens():
+    # p^(1/T), normalized
+    assert drawn([0.8, 0.2], temperature=0.5) == pytest.approx([16 / 17, 1 / 17], abs=0.03)
+    assert drawn([0.8, 0.2], temperature=2.0) == pytest.approx([2 / 3, 1 / 3], abs=0.03)
+
+
+def test_top_k_keeps_k_tokens_in_proportion():
+    assert drawn([0.1, 0.4, 0.3, 0.2], top_k=2) == pytest.approx([0, 4 / 7, 3 / 7, 0], abs=0.03)
+    assert drawn([0.9, 0.1], top_k=100) == pytest.approx([0.9, 0.1], abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "top_p, kept", [(0.01, 1), (0.49, 1), (0.51, 2), (0.79, 2), (0.81, 3), (0.99, 4)]
+)
+def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p, kept):
+    probabilities = torch.tensor([0.05, 0.5, 0.15, 0.3])
+    likeliest = probabilities.argsort(descending=True)[:kept]
+    expected = torch.zeros(4)
+    expected[likeliest] = probabilities[likeliest] / probabilities[likeliest].sum()
+    actual = drawn(probabilities.tolist(), top_p=top_p)
+    assert actual == pytest.approx(expected.tolist(), abs=0.03)
+
+
+def test_repetition_penalty_lowers_seen_tokens_whatever_their_sign():
+    seen = torch.tensor([[0, 0, 3]])
+    plain = Sampling(temperature=0.0)
+    firm = Sampling(temperature=0.0, repetition_penalty=2.0)
+    for logits in ([3.0, 2.0, 0.0, 2.5], [-1.0, -1.5, -3.0, -1.2]):
+        logits = torch.tensor([logits])
+        assert sample_token(logits, seen, plain, None).item() == 0
+        assert sample_token(logits, seen, firm, None).item() == 1
+    # once, however often it was seen: e^(2/2) against e^0 twice
+    often = torch.zeros(1, 5, dtype=torch.long)
+    e = 2.718281828
+    expected = [e / (e + 2), 1 / (e + 2), 1 / (e + 2)]
+    actual = drawn([e * e, 1.0, 1.0], seen=often, repetition_penalty=2.0)
+    assert actual == pytest.approx(expected, abs=0.03)
+
+
+def test_repetition_penalty_sees_the_prompt_and_all_that_followed(tiny, make_model):
+    model, idx = make_model(tiny), prompt(1, 4)
+    new = continued(model, idx, 60, Sampling(temperature=0.0, repetition_penalty=1e9))
+    told = torch.cat((idx, new), dim=1).flatten().tolist()
+    assert len(set(told)) == len(told)
+
+
+# ---------------------------------------------------------------- GPT-2's vocabulary
+
+
+@pytest.fixture
+def favouring():
+    """A model with logits 0 at every position, but for {id or range of ids: logit}."""
+
+    def make(favoured):
+        cfg = Config(n_layer=1, n_head=1, n_embd=8, block_size=8, tie_embeddings=False)
+        model = GPT(cfg).eval()
+        with torch.no_grad():
+            model.transformer.ln_f.weight.zero_()
+            model.transformer.ln_f.bias.fill_(1 / 8)
+            model.lm_head.weight.zero_()
+            for ids, logit in favoured.items():
+                model.lm_head.weight[np.array(ids)] = float(logit)
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("how", [GREEDY, Sampling(), Sampling(top_k=50), Sampling(top_p=0.9)])
+def test_padded_ids_are_never_sampled(favouring, how):
+    model = favouring({range(50257, 50304): 1000, range(100): 20})
+    assert model(prompt(1, 3)).argmax(-1).min() > END_OF_TEXT
+    new = continued(model, prompt(50, 3), 10, how)
+    assert new.shape == (50, 10) and new.max() < 100
+    complete(model, "Hello", how, num_samples=3)  # and so the tokenizer can read all
+
+
+def test_generation_stops_at_end_of_text(favouring):
+    new = continued(favouring({END_OF_TEXT: 50}), prompt(3, 2), 10)
+    assert new.tolist() == [[END_OF_TEXT]] * 3
+
+
+def test_ended_row_stays_ended_until_all_have(favouring):
+    new = continued(favouring({END_OF_TEXT: 50, 5: 51}), prompt(6, 2), 100, Sampling())
+    ends = [row.index(END_OF_TEXT) for row in new.tolist()]
+    assert len(set(ends)) > 1 and new.size(1) == max(ends) + 1 < 100
+    for row, end in zip(new.tolist(), ends, strict=True):
+        assert row == [5] * end + [END_OF_TEXT] * (len(row) - end)
+
+
+def test_completion_is_text_without_prompt_and_end_of_text(favouring):
+    word = tokenizer().encode_ordinary(" word")[0]
+    model = favouring({word: 50, END_OF_TEXT: 48})
+    texts = complete(model, "A prompt of a few", Sampling(), num_samples=8, max_new_tokens=12)
+    assert len(texts) == 8 and len(set(texts)) > 1
+    assert all(text == " word" * text.count("word") for text in texts)
+    assert complete(model, "", GREEDY, max_new_tokens=3) == [" word word word"]
+
+
+def test_special_token_in_a_prompt_is_ordinary_text(favouring):
+    model = favouring({5: 50})
+    assert complete(model, "<|endoftext|>", GREEDY, max_new_tokens=2) == [
+        tokenizer().decode([5] * 2)
+    ]

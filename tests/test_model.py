@@ -1,0 +1,288 @@
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import train_gpt2
+from fineweb import UserError
+from train_gpt2 import GPT, Config
+
+
+def tokens(cfg, rows, length, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(cfg.vocab_size, (rows, length), generator=generator)
+
+
+def count_parameters(**keys):
+    with torch.device("meta"):
+        return sum(p.numel() for p in GPT(Config(**keys)).parameters())
+
+
+# ---------------------------------------------------------------- size and initial state
+
+
+@pytest.mark.parametrize(
+    "keys, expected",
+    [
+        ({}, 124_439_808),
+        (dict(qkv_bias=False), 124_412_160),
+        (dict(n_layer=24, n_head=16, n_embd=1024), 354_823_168),
+        (dict(n_layer=36, n_head=20, n_embd=1280), 774_030_080),
+        (dict(n_layer=48, n_head=25, n_embd=1600), 1_557_611_200),
+    ],
+    ids=["gpt2", "gpt2-no-qkv_bias", "gpt2-medium", "gpt2-large", "gpt2-xl"],
+)
+def test_parameter_counts_are_openais(keys, expected):
+    assert count_parameters(vocab_size=50257, **keys) == expected
+
+
+def test_rope_has_no_parameters_and_swiglu_costs_what_gelu_does():
+    gpt2 = count_parameters(bias=False)
+    assert count_parameters(bias=False, pos_embedding="rope") == gpt2 - 1024 * 768
+    assert count_parameters(bias=False, mlp="swiglu") == gpt2
+    assert count_parameters(bias=False, mlp="relu2") == gpt2
+    assert count_parameters(bias=False, tie_embeddings=False) == gpt2 + 50304 * 768
+
+
+def test_gpt2_costs_855_mflop_a_token():
+    with torch.device("meta"):
+        assert GPT(Config()).flops_per_token() == pytest.approx(855.4e6, abs=0.1e6)
+
+
+@pytest.mark.parametrize("vocab_size", [512, 50304])
+def test_initial_loss_is_near_log_vocab(tiny, toggles, vocab_size):
+    torch.manual_seed(1)
+    cfg = replace(tiny, vocab_size=vocab_size, **toggles)
+    idx = tokens(cfg, 8, 17)
+    loss = GPT(cfg)(idx[:, :-1], idx[:, 1:]).item()
+    assert loss == pytest.approx(math.log(vocab_size), abs=0.1)
+
+
+def test_initial_weights_are_gpt2s(tiny, toggles):
+    torch.manual_seed(1)
+    for name, p in GPT(replace(tiny, n_embd=128, **toggles)).named_parameters():
+        if p.dim() == 2:
+            std = 0.02 / math.sqrt(2 * tiny.n_layer) if "c_proj" in name else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.05), name
+            assert abs(p.mean().item()) < 6 * std / math.sqrt(p.numel()), name
+        else:
+            constant = 0.0 if name.endswith("bias") else 1.0
+            assert (p == constant).all(), name
+
+
+def test_tied_embeddings_share_storage(tiny):
+    tied, untied = GPT(tiny), GPT(replace(tiny, tie_embeddings=False))
+    assert tied.lm_head.weight.data_ptr() == tied.transformer.wte.weight.data_ptr()
+    assert untied.lm_head.weight.data_ptr() != untied.transformer.wte.weight.data_ptr()
+
+
+# ---------------------------------------------------------------- forward
+
+
+def test_no_future_token_changes_a_past_logit(tiny, toggles, make_model):
+    cfg = replace(tiny, **toggles)
+    model, idx = make_model(cfg), tokens(cfg, 2, 16)
+    before = model(idx)
+    for t in range(1, 16):
+        changed = idx.clone()
+        changed[:, t:] = (changed[:, t:] + 1) % cfg.vocab_size
+        after = model(changed)
+        torch.testing.assert_close(after[:, :t], before[:, :t], atol=1e-6, rtol=0)
+        assert (after[:, t] - before[:, t]).abs().max() > 0.1
+
+
+def test_every_past_token_can_change_the_last_logit(tiny, toggles, make_model):
+    cfg = replace(tiny, **toggles)
+    model, idx = make_model(cfg), tokens(cfg, 1, 16)
+    before = model(idx)[:, -1]
+    for t in range(16):
+        changed = idx.clone()
+        changed[:, t] = (changed[:, t] + 1) % cfg.vocab_size
+        assert (model(changed)[:, -1] - before).abs().max() > 1e-3, f"token {t} has no effect"
+
+
+def test_loss_is_the_mean_cross_entropy_of_the_logits(tiny, toggles, make_model):
+    cfg = replace(tiny, **toggles)
+    model, idx = make_model(cfg), tokens(cfg, 3, 17)
+    inputs, targets = idx[:, :-1], idx[:, 1:]
+    expected = -model(inputs).log_softmax(-1).gather(2, targets[..., None]).mean()
+    torch.testing.assert_close(model(inputs, targets), expected)
+
+
+def test_attention_equals_naive_softmax_attention(tiny, make_model):
+    attn = make_model(tiny).transformer.h[0].attn
+    x = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
+    q, k, v = attn.c_attn(x).split(32, dim=2)
+    heads = []
+    for columns in (slice(0, 16), slice(16, 32)):
+        score = q[:, :, columns] @ k[:, :, columns].transpose(1, 2) / math.sqrt(16)
+        score = score.masked_fill(torch.ones(16, 16).triu(1).bool(), -math.inf)
+        heads.append(score.softmax(-1) @ v[:, :, columns])
+    torch.testing.assert_close(attn(x, None), attn.c_proj(torch.cat(heads, dim=2)))
+
+
+def test_qk_norm_makes_attention_blind_to_the_scale_of_queries_and_keys(tiny, make_model):
+    model, idx = make_model(replace(tiny, qk_norm=True)), tokens(tiny, 2, 16)
+    before = model(idx)
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.attn.c_attn.weight[:64] *= 7
+            block.attn.c_attn.bias[:64] *= 7
+    torch.testing.assert_close(model(idx), before, atol=1e-4, rtol=0)
+
+
+def test_rope_depends_only_on_the_offset(tiny):
+    rope = train_gpt2.rope_table(tiny)
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 16, generator=generator).expand(2, 1, 1, 16, 16)
+    score = train_gpt2.apply_rope(q, rope) @ train_gpt2.apply_rope(k, rope).transpose(2, 3)
+    for offset in range(-15, 16):
+        diagonal = score[0, 0].diagonal(offset)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-5, rtol=0)
+    assert score.std() > 0.1  # and it does depend on that
+
+
+def test_rope_turns_pairs_as_complex_numbers(tiny):
+    x = torch.randn(2, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    pairs = torch.complex(x[..., :8], x[..., 8:])
+    position, i = torch.arange(16.0)[:, None], torch.arange(8.0)
+    turned = pairs * torch.exp(1j * position * tiny.rope_theta ** (-i / 8))
+    expected = torch.cat((turned.real, turned.imag), dim=-1)
+    actual = train_gpt2.apply_rope(x, train_gpt2.rope_table(tiny))
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+
+def test_softcap_bounds_logits_smoothly(tiny, make_model):
+    idx = tokens(tiny, 2, 16)
+    plain = make_model(tiny)(idx)
+    capped = make_model(replace(tiny, logit_softcap=2.0))(idx)
+    assert plain.abs().max() > 2 > capped.abs().max()
+    torch.testing.assert_close(capped, 2 * torch.tanh(plain / 2))
+
+
+def test_dropout_acts_in_training_mode_alone(tiny, make_model):
+    idx = tokens(tiny, 2, 16)
+    plain, model = make_model(tiny), make_model(replace(tiny, dropout=0.5))
+    torch.testing.assert_close(model(idx), plain(idx))
+    model.train()
+    assert (model(idx) - model(idx)).abs().max() > 0.1
+    torch.testing.assert_close(plain.train()(idx), plain.eval()(idx))
+
+
+def test_scored_logits_are_those_of_the_masked_positions_and_padding_has_no_chance(
+    tiny, make_model
+):
+    model, idx = make_model(replace(tiny, n_embd=8, vocab_size=50304)), tokens(tiny, 2, 16)
+    mask = torch.rand(2, 16, generator=torch.Generator().manual_seed(0)) < 0.3
+    expected = model(idx)[mask][:, :50257].log_softmax(-1)
+    actual = model.logits_at(idx, mask).log_softmax(-1)
+    torch.testing.assert_close(actual[:, :50257], expected)
+    assert (actual[:, 50257:] == -math.inf).all()
+
+
+# ---------------------------------------------------------------- Hugging Face folders
+
+
+def save_reference(folder, **keys):
+    """A GPT-2 of transformers' with random weights, and its folder."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(1)
+    sizes = dict(n_layer=2, n_head=2, n_embd=32, n_positions=16, vocab_size=512)
+    model = GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.2, **keys)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    model.save_pretrained(folder)
+    return model, folder
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory):
+    return save_reference(tmp_path_factory.mktemp("gpt2"))
+
+
+@torch.inference_mode()
+def test_logits_and_loss_equal_transformers(hugging_face, tiny):
+    reference, folder = hugging_face
+    model, idx = GPT.from_pretrained(str(folder)), tokens(tiny, 3, 16)
+    expected = reference(idx, labels=idx)
+    torch.testing.assert_close(model(idx), expected.logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(idx[:, :-1], idx[:, 1:]), expected.loss, atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_head_of_its_own_is_read_too(tmp_path, tiny):
+    reference, folder = save_reference(tmp_path, tie_word_embeddings=False)
+    idx = tokens(tiny, 3, 16)
+    actual = GPT.from_pretrained(str(folder))(idx)
+    torch.testing.assert_close(actual, reference(idx).logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_names_and_masks_of_openais_files_are_understood(hugging_face, tmp_path, tiny):
+    """The hub's gpt2 has no prefix, and each layer's causal mask."""
+    reference, folder = hugging_face
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+
+    def rename(weights):
+        for key in list(weights):
+            weights[key.removeprefix("transformer.")] = weights.pop(key)
+        for layer in range(2):
+            weights[f"h.{layer}.attn.bias"] = torch.ones(16, 16).tril().view(1, 1, 16, 16)
+
+    change_weights(tmp_path, rename)
+    idx = tokens(tiny, 3, 16)
+    actual = GPT.from_pretrained(str(tmp_path))(idx)
+    torch.testing.assert_close(actual, reference(idx).logits, atol=1e-5, rtol=1e-5)
+
+
+def change_config(folder, **keys):
+    config = json.loads((folder / "config.json").read_text()) | keys
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def change_weights(folder, change):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def cut_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+FOREIGN = {
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "no config": lambda folder: (folder / "config.json").unlink(),
+    "another kind of model": lambda folder: change_config(folder, model_type="llama"),
+    "config is not JSON": lambda folder: (folder / "config.json").write_text("{"),
+    "sizes left out": lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"}'),
+    "fewer layers": lambda folder: change_config(folder, n_layer=1),
+    "another width": lambda folder: change_config(folder, n_embd=64),
+    "another activation": lambda folder: change_config(folder, activation_function="relu"),
+    "a weight too many": lambda f: change_weights(f, lambda w: w.update(more=torch.ones(1))),
+    "a weight too few": lambda f: change_weights(f, lambda w: w.pop("transformer.ln_f.bias")),
+    "torn weights": cut_weights,
+}
+
+
+@pytest.mark.parametrize("spoil", FOREIGN.values(), ids=FOREIGN)
+def test_foreign_folder_is_one_clear_error(hugging_face, tmp_path, spoil):
+    for path in hugging_face[1].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    spoil(tmp_path)
+    with pytest.raises(UserError) as error:
+        GPT.from_pretrained(str(tmp_path))
+    assert tmp_path.name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_unknown_model_name_is_told_what_would_do():
+    with pytest.raises(UserError, match=r"gpt3 is no .*gpt2\[-medium\|-large\|-xl\]"):
+        train_gpt2.load_model("gpt3")

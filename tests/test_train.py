@@ -1,0 +1,660 @@
+import importlib.util
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt2
+from fineweb import UserError
+from train_gpt2 import (
+    ARCHITECTURE,
+    GPT,
+    Config,
+    Runtime,
+    TokenShards,
+    batch_layout,
+    choose_run_name,
+    evaluate_loss,
+    finish,
+    fit_micro_batch,
+    load_config,
+    load_model,
+    lr_at,
+    to_toml,
+)
+
+ROOT = Path(__file__).parents[1]
+
+
+class PowerCut(Exception):
+    pass
+
+
+def cut_power():
+    raise PowerCut
+
+
+@pytest.fixture
+def after_step(monkeypatch):
+    """Do something once, as soon as the given step is done."""
+
+    def arrange(step, action):
+        original, todo = train_gpt2.train_step, [action]
+
+        def train_step(model, state, *args, **kwargs):
+            told = original(model, state, *args, **kwargs)
+            if state.step == step and todo:
+                todo.pop()()
+            return told
+
+        monkeypatch.setattr(train_gpt2, "train_step", train_step)
+
+    return arrange
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def without_speed(log):
+    return {stream: values for stream, values in log.items() if stream != "tps"}
+
+
+def assert_same_run(actual, expected, last):
+    """Equal losses, rates and norms at every step, and equal state at the end, bit for bit."""
+    (folder, log), (expected_folder, expected_log) = actual, expected
+    assert without_speed(log) == without_speed(expected_log)
+    state, expected_state = (load(f / f"step_{last:06d}.pt") for f in (folder, expected_folder))
+    for key in ("model", "optimizer", "step", "best"):
+        torch.testing.assert_close(state[key], expected_state[key], rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------- a run
+
+
+def test_training_learns_a_simple_text(tiny_run, train, write_shards, tmp_path):
+    text = np.arange(2000) % 32
+    cfg = replace(tiny_run, data_dir=write_shards(tmp_path / "cycle", text), max_steps=60)
+    _, log = train(replace(cfg, eval_interval=60))
+    assert log["train"][0] == pytest.approx(math.log(512), abs=0.1)
+    assert log["train"][59] < 0.5 and log["val"][60] < 0.5
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_learns_too_and_keeps_weights_in_float32(tiny_run, train, runtime, dtype):
+    exact = train(replace(tiny_run, run_name="exact", max_steps=20))[1]["train"]
+    runtime.dtype = getattr(torch, dtype)
+    folder, log = train(replace(tiny_run, max_steps=20))
+    assert log["train"][19] == pytest.approx(exact[19], abs=0.1) and exact[19] < exact[0] - 0.5
+    assert all(w.dtype == torch.float32 for w in load(folder / "step_000020.pt")["model"].values())
+
+
+def test_log_holds_every_number_of_every_step_at_full_precision(tiny_run, train):
+    cfg = replace(tiny_run, eval_interval=3)
+    folder, log = train(cfg)
+    assert log.keys() == {"train", "lr", "norm", "tps", "val"}
+    for stream in ("train", "lr", "norm", "tps"):
+        assert list(log[stream]) == list(range(8))
+    assert list(log["val"]) == [0, 3, 6, 8]
+    assert list(log["lr"].values()) == [lr_at(step, cfg, 8) for step in range(8)]
+    first = (folder / "log.txt").read_text().splitlines()[0]
+    assert first == f"0 val {log['val'][0]!r}"
+
+
+def test_config_in_the_run_folder_is_the_runs(tiny_run, train):
+    folder, _ = train(tiny_run)
+    assert load_config([str(folder / "config.toml")])[0] == tiny_run
+
+
+def test_max_steps_zero_is_one_epoch_rounded_up(tiny_run, train):
+    _, log = train(replace(tiny_run, max_steps=0))
+    windows, sequences = 2076 // 16, 8
+    assert len(log["train"]) == math.ceil(windows / sequences)
+
+
+def test_same_seed_repeats_a_run_and_another_does_not(tiny_run, train):
+    runs = [
+        without_speed(train(replace(tiny_run, run_name=name, seed=seed, dropout=0.1))[1])
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_micro_batch_does_not_change_the_training(tiny_run, train):
+    small, big = (train(replace(tiny_run, run_name=f"B{B}", micro_batch_size=B))[1] for B in (1, 8))
+    for step, loss in big["train"].items():
+        assert small["train"][step] == pytest.approx(loss, abs=1e-5)
+
+
+def test_finetuning_takes_weights_and_architecture_from_a_checkpoint(tiny_run, train):
+    source, log = train(replace(tiny_run, mlp="relu2", eval_interval=8))
+    cfg = replace(
+        tiny_run, run_name="tuned", n_layer=1, init_from=str(source / "best.pt"), eval_interval=8
+    )
+    tuned, tuned_log = train(cfg)
+    assert load_model(tuned / "best.pt").cfg.mlp == "relu2"
+    assert tuned_log["val"][0] == log["val"][8]
+
+
+@pytest.mark.parametrize("eval_interval", [0, 4])
+def test_commands_shown_at_the_end_name_files_that_are_there(
+    tiny_run, train, runtime, monkeypatch, capsys, eval_interval
+):
+    folder, _ = train(replace(tiny_run, eval_interval=eval_interval))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # draws no picture
+    finish(folder, runtime)
+    told = capsys.readouterr().out
+    models = re.findall(r"--model=(\S+)", told)
+    assert models and all(Path(model).exists() for model in models), told
+
+
+def test_signal_handlers_are_given_back(tiny_run, train):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    train(replace(tiny_run, max_steps=1))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_evaluation_leaves_the_training_unchanged(tiny_run, train, dropout):
+    cfg = replace(tiny_run, dropout=dropout)
+    without, with_ = (train(replace(cfg, run_name=f"e{n}", eval_interval=n))[1] for n in (0, 1))
+    assert len(with_.pop("val")) == 9
+    assert without_speed(with_) == without_speed(without)
+
+
+def test_validation_loss_is_the_mean_over_the_first_windows_whatever_the_batch(
+    tiny_run, make_model, runtime
+):
+    cfg = replace(tiny_run, eval_tokens=16 * 21 + 5, dropout=0.5)
+    model, shards = make_model(cfg).train(), TokenShards(cfg.data_dir, "val")
+    tokens = torch.from_numpy(shards.read(0, 16 * 21 + 1).astype(np.int64))
+    with torch.no_grad():
+        losses = [
+            model.eval()(tokens[None, i : i + 16], tokens[None, i + 1 : i + 17]).item()
+            for i in range(0, 16 * 21, 16)
+        ]
+    model.train()
+    for rows in (1, 2, 5, 21, 64):
+        loss = evaluate_loss(model, shards, cfg, runtime, rows)
+        assert loss == pytest.approx(sum(losses) / 21, abs=1e-6)
+    assert model.training
+
+
+def test_each_validation_window_falls_to_one_rank(tiny_run, make_model, runtime):
+    cfg = replace(tiny_run, eval_tokens=16 * 21)
+    model, shards = make_model(cfg), TokenShards(cfg.data_dir, "val")
+    expected = evaluate_loss(model, shards, cfg, runtime, 4)
+    for world in (2, 4, 30):
+        parts = []
+        for rank in range(world):
+            runtime.rank, runtime.world, runtime.sum = rank, world, lambda total: total
+            parts.append(evaluate_loss(model, shards, cfg, runtime, 4))
+        assert sum(parts) == pytest.approx(expected, abs=1e-6)
+
+
+def test_best_checkpoint_loads_and_has_the_loss_that_was_logged(tiny_run, train, runtime):
+    cfg = replace(tiny_run, eval_interval=4)
+    folder, log = train(cfg)
+    model = load_model(folder / "best.pt")
+    assert not model.training and model.cfg == cfg
+    loss = evaluate_loss(model, TokenShards(cfg.data_dir, "val"), cfg, runtime, 2)
+    assert loss == pytest.approx(min(log["val"].values()), abs=1e-6)
+
+
+def test_best_checkpoint_is_that_of_the_lowest_loss_after_a_resume_too(
+    tiny_run, train, monkeypatch
+):
+    losses = iter([0.5, 4.0, 3.0, 3.5, 3.5, 3.2, 3.1])  # at steps 0 to 3, and 3 to 5 again
+    monkeypatch.setattr(train_gpt2, "evaluate_loss", lambda *args: next(losses))
+    folder, _ = train(replace(tiny_run, eval_interval=1, max_steps=3))
+    train(replace(tiny_run, eval_interval=1, max_steps=5, resume=True))
+    best = load(folder / "best.pt")
+    assert (best["step"], best["best"]) == (2, 3.0)
+    assert best.keys() == {"model", "config", "step", "best"}
+
+
+def test_missing_hellaswag_is_one_warning_and_the_run_goes_on(tiny_run, train, capsys, tmp_path):
+    nowhere = str(tmp_path / "nowhere.jsonl")
+    cfg = replace(tiny_run, hellaswag_examples=4, hellaswag_path=nowhere, eval_interval=2)
+    _, log = train(cfg)
+    assert "hella" not in log and len(log["train"]) == 8
+    told = capsys.readouterr().out
+    assert told.count("HellaSwag is skipped") == 1 and told.count(nowhere) == 1
+
+
+def test_evaluation_scores_hellaswag_and_samples(tiny_run, train, capsys):
+    tasks = ROOT / "tests" / "data" / "hellaswag_own.jsonl"
+    cfg = replace(
+        tiny_run, n_embd=8, block_size=32, vocab_size=50304, max_steps=1, eval_interval=1,
+        hellaswag_examples=8, hellaswag_path=str(tasks), sample_prompt="Hello,",
+    )  # fmt: skip
+    _, log = train(cfg)
+    assert list(log["hella"]) == [1] and log["hella"][1] * 8 in range(9)
+    told = capsys.readouterr().out
+    assert re.search(r"step +1 \| HellaSwag acc_norm 0\.\d+ \+- 0\.\d+ \| acc 0\.\d+", told)
+    assert told.count("  > Hello,") == 2
+
+
+# ---------------------------------------------------------------- stop and resume
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_and_resumed_run_is_bitwise_the_uninterrupted_one(
+    tiny_run, train, after_step, capsys, dropout, number
+):
+    cfg = replace(tiny_run, dropout=dropout, max_steps=20, eval_interval=3)
+    expected = train(replace(cfg, run_name="whole"))
+    after_step(6, lambda: signal.raise_signal(number))
+    folder, log = train(cfg)
+    assert list(log["train"]) == list(range(7)) and (folder / "step_000007.pt").exists()
+    command = (
+        rf"to continue: \S+ train_gpt2.py {re.escape(str(folder))}/config.toml --resume=True\n"
+    )
+    assert re.search(command, capsys.readouterr().out)
+    assert_same_run(train(replace(cfg, resume=True)), expected, last=20)
+
+
+def test_killed_and_resumed_run_is_bitwise_the_uninterrupted_one(tiny_run, train, after_step):
+    cfg = replace(tiny_run, dropout=0.2, max_steps=20, eval_interval=4, checkpoint_interval=3)
+    expected = train(replace(cfg, run_name="whole"))
+    for step in (2, 8, 9, 17):  # before the first checkpoint, too
+        after_step(step, cut_power)
+        with pytest.raises(PowerCut):
+            train(replace(cfg, resume=True))
+    assert_same_run(train(replace(cfg, resume=True)), expected, last=20)
+
+
+@pytest.mark.parametrize("left", [0, 100, -1000])
+def test_torn_checkpoint_is_skipped_for_the_one_before(tiny_run, train, capsys, left):
+    cfg = replace(tiny_run, checkpoint_interval=3)
+    expected = train(replace(cfg, run_name="whole"))
+    folder, _ = train(cfg)
+    newest = folder / "step_000008.pt"
+    newest.write_bytes(newest.read_bytes()[:left])
+    capsys.readouterr()
+    actual = train(replace(cfg, resume=True))
+    told = capsys.readouterr().out
+    assert re.search(rf"{re.escape(str(newest))} .*going back to the one before\n", told)
+    assert f"continuing {folder / 'step_000006.pt'}: step 6" in told
+    assert_same_run(actual, expected, last=8)
+
+
+def test_resume_without_a_checkpoint_begins_and_says_so(tiny_run, train, capsys):
+    _, log = train(replace(tiny_run, resume=True))
+    assert len(log["train"]) == 8
+    assert "no checkpoint in" in capsys.readouterr().out
+
+
+def test_resumed_run_may_go_further_with_another_learning_rate(tiny_run, train):
+    train(tiny_run)
+    cfg = replace(tiny_run, resume=True, max_steps=12, learning_rate=1e-4, weight_decay=0.0)
+    folder, log = train(cfg)
+    assert len(log["train"]) == 12 and log["lr"][11] < 1e-4
+    groups = load(folder / "step_000012.pt")["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.0, 0.0]
+
+
+def test_resume_with_another_architecture_names_what_differs(tiny_run, train):
+    train(tiny_run)
+    with pytest.raises(UserError, match=r"n_embd=32, now 64.*mlp=gelu, now swiglu"):
+        train(replace(tiny_run, resume=True, n_embd=64, mlp="swiglu"))
+
+
+def test_resume_ends_a_torn_line_of_the_log(tiny_run, train, after_step):
+    after_step(4, lambda: signal.raise_signal(signal.SIGTERM))
+    folder, _ = train(tiny_run)
+    with open(folder / "log.txt", "a") as log:
+        log.write("5 trai")
+    with pytest.raises(ValueError):
+        train(replace(tiny_run, resume=True))  # the reader of the tests takes whole lines only
+    lines = (folder / "log.txt").read_text().splitlines()
+    assert [line for line in lines if len(line.split()) != 3] == ["5 trai"]
+    assert lines[-1].startswith("7 ")
+
+
+# ---------------------------------------------------------------- the run's folder
+
+
+def test_newest_checkpoints_stay(tiny_run, train):
+    folder, _ = train(replace(tiny_run, checkpoint_interval=2, keep_checkpoints=3, max_steps=9))
+    steps = sorted(path.name for path in folder.glob("step_*.pt"))
+    assert steps == ["step_000006.pt", "step_000008.pt", "step_000009.pt"]
+    assert sorted(path.name for path in folder.iterdir()) == ["config.toml", "log.txt", *steps]
+
+
+def test_checkpoint_holds_plain_values_and_raw_keys(tiny_run, train):
+    folder, _ = train(tiny_run)
+    checkpoint = load(folder / "step_000008.pt")
+    assert checkpoint["config"] == asdict(tiny_run) and checkpoint["step"] == 8
+    assert checkpoint["model"].keys() == GPT(tiny_run).state_dict().keys()
+    assert "transformer.h.1.attn.c_attn.weight" in checkpoint["model"]
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path, tiny_run):
+    """Call main() as the command does, for tiny.toml with few steps and no run_name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_gpt2, "finish", lambda folder, runtime: None)
+    cfg = replace(tiny_run, run_name="", max_steps=2)
+    Path("tiny.toml").write_text(to_toml(cfg), encoding="utf-8")
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["train_gpt2.py", "tiny.toml", *args])
+        train_gpt2.main()
+
+    return call
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+def test_default_names_count_up_and_nothing_is_overwritten(command):
+    command()
+    first = contents("log")
+    command()
+    command()
+    assert sorted(path.name for path in Path("log").iterdir()) == ["tiny", "tiny-2", "tiny-3"]
+    assert contents("log").items() >= first.items()
+
+
+def test_explicit_name_that_is_taken_is_refused(command):
+    command("--run_name=mine")
+    before = contents("log")
+    with pytest.raises(UserError, match=r"mine/ holds a run: add --resume=True, or .*--run_name"):
+        command("--run_name=mine")
+    assert contents("log") == before
+    command("--run_name=mine", "--resume=True", "--max_steps=3")
+    assert Path("log/mine/step_000003.pt").exists()
+
+
+def test_config_of_a_run_folder_starts_another_run_or_resumes_it(command, capsys):
+    command()
+    command("log/tiny/config.toml", "--run_name=again")
+    command("log/again/config.toml", "--resume=True", "--max_steps=4")
+    assert sorted(path.name for path in Path("log").iterdir()) == ["again", "tiny"]
+    assert Path("log/again/step_000004.pt").exists()
+
+
+def test_resume_takes_the_last_of_the_default_names(tiny_run):
+    log = Path(tiny_run.log_dir)
+    cfg = replace(tiny_run, run_name="", resume=True)
+    assert choose_run_name(cfg, "a") == "a"
+    for name in ("a", "a-2"):
+        (log / name).mkdir(parents=True)
+        (log / name / "log.txt").touch()
+    assert choose_run_name(cfg, "a") == "a-2"
+    assert choose_run_name(replace(cfg, resume=False), "a") == "a-3"
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        (dict(micro_batch_size=3), "total_batch_size=128 is not a multiple"),
+        (dict(data_dir="nowhere"), "no train shards in nowhere/"),
+        (dict(block_size=4096, total_batch_size=16384), "has 2077 tokens"),
+        (dict(init_from="nowhere.pt"), r"nowhere\.pt .*No such file"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(tiny_run, train, keys, message):
+    with pytest.raises(UserError, match=message):
+        train(replace(tiny_run, **keys))
+    assert not Path(tiny_run.log_dir).exists()
+
+
+# ---------------------------------------------------------------- the micro-batch that fits
+
+
+@pytest.fixture
+def fit(monkeypatch, tiny, runtime, capsys):
+    """Fit the micro-batch on a stand-in device with memory for `room` sequences.
+
+    The other ranks of `world` have memory for `least`.
+    """
+
+    def run(room, world=1, least=None, **keys):
+        def forward(self, idx, targets=None, cache=None):
+            tried.append(idx.size(0))
+            if idx.size(0) > room:
+                raise torch.OutOfMemoryError("out of memory")
+            return self.transformer.ln_f.weight.sum()
+
+        def add_others(mine):
+            return mine + (world - 1) * (least is None or tried[-1] <= least)
+
+        tried = []
+        monkeypatch.setattr(GPT, "forward", forward)
+        runtime.device, runtime.world, runtime.sum = torch.device("meta"), world, add_others
+        cfg = replace(tiny, micro_batch_size=0, **keys)
+        with torch.device("meta"):
+            model = GPT(cfg)
+        rows = fit_micro_batch(model, cfg, runtime)
+        assert all(p.grad is None for p in model.parameters())
+        assert f"micro_batch_size={rows}" in capsys.readouterr().out
+        assert rows <= room
+        return rows, batch_layout(cfg, world, rows)
+
+    return run
+
+
+def test_micro_batch_halves_until_it_fits_and_tokens_a_step_stay(fit):
+    # 512 sequences of 16 tokens a step
+    for room, expected in ((1000, 64), (64, 64), (63, 32), (5, 4), (1, 1)):
+        rows, (micro_steps, sequences) = fit(room, total_batch_size=8192)
+        assert rows == expected and sequences == 512 == rows * micro_steps
+
+
+def test_micro_batch_that_fits_divides_every_ranks_share(fit):
+    for sequences, world, expected in ((24, 1, 8), (24, 3, 8), (24, 4, 2), (7, 1, 1)):
+        rows, (micro_steps, G) = fit(1000, world=world, total_batch_size=16 * sequences)
+        assert rows == expected and G == sequences == rows * micro_steps * world
+
+
+def test_ranks_agree_on_the_micro_batch_that_fits_all(fit):
+    assert fit(32, world=2, least=4, total_batch_size=8192)[0] == 4
+    assert fit(4, world=2, least=32, total_batch_size=8192)[0] == 4
+
+
+def test_no_room_for_one_sequence_is_an_error(fit):
+    with pytest.raises(UserError, match="memory is short for even one sequence"):
+        fit(0, total_batch_size=8192)
+
+
+def test_micro_batch_on_cpu_is_at_most_four(tiny, runtime):
+    for total, expected in ((16 * 64, 4), (16 * 6, 2), (16 * 3, 1)):
+        cfg = replace(tiny, micro_batch_size=0, total_batch_size=total)
+        assert fit_micro_batch(GPT(cfg), cfg, runtime) == expected
+
+
+# ---------------------------------------------------------------- devices
+
+
+def test_device_that_is_not_there_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for name in ("cuda", "tpu"):
+        with pytest.raises(UserError, match=f"device={name} .* try --device=auto"):
+            Runtime(name)
+
+
+def test_each_rank_takes_its_gpu_and_too_many_ranks_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert train_gpt2.find_device("auto") == torch.device("cuda", 1)
+    assert train_gpt2.find_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="3 ranks share 2 GPUs here; try --nproc_per_node=2"):
+        Runtime("cuda")
+
+
+@pytest.mark.parametrize(
+    "capability, dtype", [((9, 0), "bfloat16"), ((8, 0), "bfloat16"), ((7, 5), "float16")]
+)
+def test_precision_and_compiler_follow_the_compute_capability(
+    monkeypatch, runtime, capsys, capability, dtype
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    runtime.device = torch.device("cuda")
+    assert runtime.best_dtype() == getattr(torch, dtype)
+    assert ("no bfloat16" in capsys.readouterr().out) == (dtype == "float16")
+
+
+def test_model_is_not_compiled_where_that_cannot_work(monkeypatch, runtime, capsys):
+    model = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    for device, told in (("cuda", "capability 7.0"), ("mps", "not ready for MPS")):
+        runtime.device = torch.device(device)
+        assert runtime.compile(model) is model
+        assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, teraflops",
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 0),
+        ("NVIDIA RTX A1000", 0),
+        ("NVIDIA GeForce GTX 1080", 0),
+    ],
+)
+def test_peak_flops_are_the_gpus_or_unknown(monkeypatch, name, teraflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    cuda = torch.device("cuda")
+    assert train_gpt2.peak_flops(cuda, torch.bfloat16) == teraflops * 1e12
+    assert train_gpt2.peak_flops(cuda, torch.float32) == 0
+    assert train_gpt2.peak_flops(torch.device("cpu"), torch.bfloat16) == 0
+
+
+# ---------------------------------------------------------------- foreign checkpoints
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"text", {"model": {}}, [1, 2], {"config": {"n_layers": 3}, "model": {}}],
+    ids=["empty", "text", "no config", "a list", "another version"],
+)
+def test_file_that_is_no_checkpoint_is_one_clear_error(tmp_path, content):
+    path = tmp_path / "x.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(UserError) as error:
+        load_model(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_checkpoint_cannot_run_code(tmp_path):
+    class Touch:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "hacked",)
+
+    torch.save({"config": asdict(Config()), "model": Touch()}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"x\.pt"):
+        load_model(tmp_path / "x.pt")
+    assert not (tmp_path / "hacked").exists()
+
+
+# ---------------------------------------------------------------- as a command
+
+
+@pytest.fixture
+def tiny_toml(tmp_path, tiny_run):
+    """tiny.toml: long enough to be stopped, with a line on the console for every step."""
+    cfg = replace(tiny_run, run_name="", log_dir="log", max_steps=2000, log_interval=1)
+    (tmp_path / "tiny.toml").write_text(to_toml(cfg), encoding="utf-8")
+    return tmp_path / "tiny.toml"
+
+
+def start(tiny_toml, *args):
+    command = [sys.executable, ROOT / "train_gpt2.py", tiny_toml, *args]
+    return subprocess.Popen(command, cwd=tiny_toml.parent, stdout=subprocess.PIPE, text=True)
+
+
+def read_until(process, start_of_line):
+    for line in process.stdout:
+        if line.startswith(start_of_line):
+            return
+    raise AssertionError(f"no line begins {start_of_line!r}")
+
+
+def test_command_trains_draws_and_says_what_it_wrote(run_cli, tiny_toml):
+    done = run_cli("train_gpt2.py", tiny_toml, "--max_steps=3", "--eval_interval=3")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    shown = r"step {5}[012]/3 \| loss \d\.\d{4} \| lr \d.* \| norm \d.* \| dt \d+ ms \| .* tok/s \|"
+    assert sum(bool(re.match(shown, line)) for line in lines) == 3
+    files = sorted(path.name for path in (tiny_toml.parent / "log" / "tiny").iterdir())
+    assert files == ["best.pt", "config.toml", "log.txt", "loss.png", "step_000003.pt"]
+    assert f"wrote log/tiny/: {', '.join(files)}" in done.stdout.replace(os.sep, "/")
+    assert lines[-3].startswith("next:  ") and all(".py " in line for line in lines[-3:])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
+def test_sigterm_saves_and_the_command_it_prints_resumes(run_cli, tiny_toml):
+    process = start(tiny_toml)
+    read_until(process, "step     5/")
+    process.send_signal(signal.SIGTERM)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    done, args = re.search(r"stopped after step (\d+); to continue: \S+ (.*)\n", told).groups()
+    script, *args = args.split()
+    again = run_cli(script, *args, f"--max_steps={int(done) + 2}", "--log_interval=1")
+    assert again.returncode == 0, again.stderr
+    assert f"step_{int(done):06d}.pt: step {done}\n" in again.stdout
+    assert len(re.findall(r"^step .*\| loss", again.stdout, re.MULTILINE)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+def test_sigkill_at_any_time_loses_nothing_but_time(run_cli, tiny_toml, tiny_run, train):
+    keys = dict(max_steps=60, checkpoint_interval=1, dropout=0.1)
+    expected = train(replace(tiny_run, run_name="whole", **keys))
+    args = ["--run_name=run", "--resume=True", *(f"--{k}={v}" for k, v in keys.items())]
+    for step in (10, 25, 40):
+        process = start(tiny_toml, *args)
+        read_until(process, f"step    {step}/")
+        time.sleep(0.01 * (step % 7))  # into the middle of a step, or of a checkpoint
+        process.kill()
+        process.communicate()
+    assert run_cli("train_gpt2.py", tiny_toml, *args).returncode == 0
+    log = tiny_toml.parent / "log"
+    assert not list((log / "run").glob(".*.tmp")) or (log / "run" / "step_000060.pt").exists()
+    for key in ("model", "optimizer"):
+        torch.testing.assert_close(
+            load(log / "run" / "step_000060.pt")[key],
+            load(expected[0] / "step_000060.pt")[key], rtol=0, atol=0,
+        )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_compiled_training_equals_eager_training(tiny_run, train, toggles):
+    cfg = replace(tiny_run, eval_interval=4, **toggles)
+    eager, compiled = (
+        train(replace(cfg, run_name=f"c{on}", compile_model=on)) for on in (False, True)
+    )
+    for stream in ("train", "val"):
+        for step, value in eager[1][stream].items():
+            assert compiled[1][stream][step] == pytest.approx(value, abs=1e-4)
+    assert load(compiled[0] / "step_000008.pt")["model"].keys() == GPT(cfg).state_dict().keys()
+
+
+def test_architecture_names_fields_of_the_config():
+    assert set(ARCHITECTURE) < set(asdict(Config()))

@@ -1,0 +1,1200 @@
+"""Train GPT-2 (124M) from scratch, in one file.
+
+    python fineweb.py --source=python-docs               # a small corpus that needs no download
+    python train_gpt2.py configs/tiny.toml               # a 7M model on it: minutes on a laptop
+    python train_gpt2.py                                 # GPT-2 (124M) on FineWeb-Edu, one GPU
+    python train_gpt2.py configs/gpt2_124m_rope.toml --learning_rate=1.5e-3
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py
+    python train_gpt2.py log/gpt2/config.toml --resume=True
+
+Every knob is a field of `Config` below: defaults < TOML files in the order given < --key=value.
+To read this file, start at `train` near the end, then go where it leads.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from itertools import count, islice
+from pathlib import Path
+from typing import Literal
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch: doubles the speed on CPU
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+import hellaswag
+from fineweb import END_OF_TEXT, UserError, command_line, open_shard, replacing, run, tokenizer
+
+# ---------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class Config:
+    # model: the defaults are GPT-2 (124M)
+    n_layer: int = 12  # transformer blocks
+    n_head: int = 12  # attention heads; GPT-2's head size n_embd / n_head is 64
+    n_embd: int = 768  # width of the residual stream, C
+    block_size: int = 1024  # longest context, T, in tokens
+    vocab_size: int = 50304  # GPT-2's 50257 ids padded to a multiple of 128, for speed
+    pos_embedding: Literal["learned", "rope"] = "learned"  # learned: GPT-2; rope: rotary
+    rope_theta: float = 10000.0  # base of the rotary wavelengths
+    mlp: Literal["gelu", "swiglu", "relu2"] = "gelu"  # gelu (tanh): GPT-2
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # layernorm: GPT-2
+    bias: bool = True  # biases in Linear and LayerNorm
+    qkv_bias: bool = True  # a bias in the query, key and value projection too
+    tie_embeddings: bool = True  # the head is the token embedding transposed
+    qk_norm: bool = False  # RMS-normalize queries and keys: steadier at high learning rates
+    logit_softcap: float = 0.0  # bound logits to +-cap by tanh; 0 = off
+    dropout: float = 0.0  # 0 when data is plenty; 0.1 for many epochs of little text
+    init_from: str = ""  # gpt2 (or -medium, -large, -xl), folder or .pt: decides the keys above
+    # data and batch
+    data_dir: str = "edu_fineweb10B"  # folder of token shards (python fineweb.py makes it)
+    shuffle: bool = True  # visit the windows of an epoch in random order
+    seed: int = 1337  # weights, data order and dropout
+    total_batch_size: int = 524_288  # tokens an optimizer step, over all ranks
+    micro_batch_size: int = 0  # sequences a forward pass, B; 0 = the most that fits (CPU: 4)
+    grad_accum_steps: int = 0  # micro-steps an optimizer step; > 0 overrides total_batch_size
+    # optimizer: the GPT-3 paper's settings
+    learning_rate: float = 6e-4  # peak, reached after warmup_steps
+    min_lr_ratio: float = 0.1  # the cosine ends at learning_rate * min_lr_ratio
+    warmup_steps: int = 715  # linear warm-up: 375M tokens, as GPT-3
+    max_steps: int = 0  # optimizer steps; 0 = one epoch of the shards, rounded up
+    weight_decay: float = 0.1  # on matrices and embeddings, not on biases and norms
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.95  # AdamW; GPT-3's, steadier than 0.999
+    grad_clip: float = 1.0  # largest global gradient norm; 0 = off
+    # evaluation
+    eval_interval: int = 250  # steps between evaluations; 0 = off
+    eval_tokens: int = 10_485_760  # validation tokens, whatever the batch or the GPUs
+    hellaswag_examples: int = 10_042  # tasks an evaluation; 10042 = all, 0 = off
+    hellaswag_path: str = ""  # a hellaswag_val.jsonl at hand; else it is downloaded once
+    sample_prompt: str = "Hello, I'm a language model,"  # continued at evaluations; "" = off
+    # run
+    run_name: str = ""  # folder under log_dir; default: the config's name, then -2, -3, ...
+    log_dir: str = "log"  # where runs are kept
+    log_interval: int = 10  # steps between console lines; log.txt has every step
+    checkpoint_interval: int = 1000  # steps between checkpoints; 0 = only the last
+    keep_checkpoints: int = 2  # newest checkpoints that stay, besides best.pt
+    resume: bool = False  # continue the run's newest checkpoint, or start where there is none
+    # system
+    device: str = "auto"  # auto | cuda | mps | cpu
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of matrix products
+    compile_model: bool = True  # torch.compile: minutes at the start, then about twice the speed
+
+
+# What must agree between a checkpoint and a model; a pretrained model decides all of it.
+ARCHITECTURE = [
+    "n_layer", "n_head", "n_embd", "block_size", "vocab_size", "pos_embedding", "rope_theta", "mlp",
+    "norm", "bias", "qkv_bias", "tie_embeddings", "qk_norm", "logit_softcap",
+]  # fmt: skip
+AT_LEAST_ONE = ["n_layer", "n_head", "n_embd", "block_size", "vocab_size", "total_batch_size",
+    "eval_tokens", "log_interval", "keep_checkpoints"]  # fmt: skip
+VOCABULARY = END_OF_TEXT + 1  # ids from here up only pad the matrices
+MAX_SKIPPED = 10  # non-finite steps in a row that end a run
+
+
+def load_config(argv, kind=Config, about=__doc__):
+    """`[x.toml ...] [--key=value ...]` -> (kind, default run name); one parser checks both."""
+    flags, from_files, name = list(argv), [], "gpt2"
+    while flags and not flags[0].startswith("-"):
+        path = Path(flags.pop(0))
+        from_files += toml_flags(path, kind)
+        name = path.stem
+    cfg = command_line(kind, about, from_files + flags)
+    validate(cfg)
+    return cfg, name
+
+
+def toml_flags(path, kind):
+    """The TOML file's `key = value` lines as --key=value flags."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path} cannot be read: {error}") from None
+    if nested := [key for key, value in values.items() if isinstance(value, dict | list)]:
+        raise UserError(f"config {path}: {nested[0]} is no plain value; write key = value")
+    args = [f"--{key}={value}" for key, value in values.items()]
+    try:
+        command_line(kind, "", args)
+    except SystemExit:
+        raise UserError(f"that is in {path}") from None
+    return args
+
+
+def validate(cfg):
+    """Refuse impossible values by name, value and remedy, before anything is touched."""
+    for key, value in asdict(cfg).items():
+        least = 1 if key in AT_LEAST_ONE else 0
+        if isinstance(value, int | float) and not least <= value < math.inf:
+            raise UserError(f"{key}={value} must be {least} or more, and finite")
+    c, hs, gpt2 = cfg, cfg.n_embd // cfg.n_head, cfg.vocab_size >= VOCABULARY
+    rules = {  # what is wrong: whether it is
+        f"n_embd={c.n_embd} is not a multiple of n_head={c.n_head}; try {max(1, hs) * c.n_head}":
+            c.n_embd % c.n_head,
+        f"pos_embedding=rope turns pairs, but n_embd/n_head={hs} is odd; try another n_head":
+            c.pos_embedding == "rope" and hs % 2,
+        f"dropout={c.dropout}, beta1={c.beta1} and beta2={c.beta2} must be below 1":
+            max(c.dropout, c.beta1, c.beta2) >= 1,
+        f"vocab_size={c.vocab_size} is more than the 65536 ids that uint16 shards can hold":
+            c.vocab_size > 65_536,
+        f"hellaswag_examples={c.hellaswag_examples} needs GPT-2's ids; try --hellaswag_examples=0":
+            c.hellaswag_examples and not gpt2,
+        f"sample_prompt={c.sample_prompt!r} needs GPT-2's ids; try --sample_prompt=":
+            c.sample_prompt and not gpt2,
+        f"run_name={c.run_name!r} is not one folder's name; log_dir says where it goes":
+            Path(c.run_name).name != c.run_name or c.run_name == "..",
+    }  # fmt: skip
+    for wrong, holds in rules.items():
+        if holds:
+            raise UserError(wrong)
+
+
+def batch_layout(cfg, world, micro_batch_size):
+    """(Micro-steps, sequences G) of an optimizer step, for B sequences a micro-step and rank."""
+    B, T = micro_batch_size, cfg.block_size
+    if cfg.grad_accum_steps:
+        return cfg.grad_accum_steps, B * cfg.grad_accum_steps * world
+    tokens = B * T * world
+    if cfg.total_batch_size % tokens:
+        near = max(1, round(cfg.total_batch_size / tokens)) * tokens
+        raise UserError(
+            f"total_batch_size={cfg.total_batch_size} is not a multiple of "
+            f"micro_batch_size*block_size*world={B}*{T}*{world}={tokens}; try {near}"
+        )
+    return cfg.total_batch_size // tokens, cfg.total_batch_size // T
+
+
+# ---------------------------------------------------------------- runtime
+
+
+class Runtime:
+    """Rank, world, device and precision, resolved once; the same calls work at world size 1."""
+
+    def __init__(self, device="auto", dtype="auto"):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.device = find_device(device)
+        self.dtype = getattr(torch, dtype) if dtype != "auto" else self.best_dtype()
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.set_device(self.device)
+            if self.dtype != torch.float32:  # float32 asked for by name stays float32
+                torch.set_float32_matmul_precision("high")
+        self.synchronize = torch.cuda.synchronize if cuda else lambda: None
+        self.peak_memory = torch.cuda.max_memory_allocated if cuda else lambda: 0  # bytes
+        if self.world > 1:
+            backend = "nccl" if cuda else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(minutes=10))
+
+    def best_dtype(self):
+        """bfloat16 where the hardware multiplies in it, float16 on older CUDA, else float32."""
+        if self.device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(self.device)
+            if major >= 8:
+                return torch.bfloat16
+            self.print(f"compute capability {major}.{minor}, no bfloat16: float16 and loss scaling")
+            return torch.float16
+        native = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # public from 2.13 on
+        if self.device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in native):
+            return torch.bfloat16
+        self.print(f"{self.device.type} without native bfloat16: float32")
+        return torch.float32
+
+    def forget_memory(self):
+        """Give cached memory back and count the peak anew."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def autocast(self):
+        """Context in which matrix products run in `dtype`; weights stay float32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def print(self, *args):
+        if self.rank == 0:
+            print(*args, flush=True)
+
+    def sum(self, tensor):
+        """Sum over ranks. (SUM and divide, never AVG: gloo has none.)"""
+        if self.world > 1:
+            tensor = tensor.to(self.device)
+            dist.all_reduce(tensor)
+        return tensor
+
+    def agree(self, decide):
+        """Rank 0's decide(), on every rank; the UserError it raises, too."""
+        box = [None]
+        if self.rank == 0:
+            try:
+                box = [decide()]
+            except UserError as error:
+                box = [error]
+        if self.world > 1:
+            dist.broadcast_object_list(box, device=self.device)
+        if isinstance(box[0], UserError):
+            raise box[0]
+        return box[0]
+
+    def parallel(self, model):
+        """Average gradients over ranks in the backward pass (DDP)."""
+        if self.world == 1:
+            return model
+        gpu = [self.device] if self.device.type == "cuda" else None
+        ddp = nn.parallel.DistributedDataParallel
+        return ddp(model, device_ids=gpu, gradient_as_bucket_view=True)
+
+    def compile(self, model):
+        """torch.compile where it works, the model itself where it does not."""
+        if obstacle := compile_obstacle(self.device):
+            self.print(f"compile_model is off: {obstacle}")
+            return model
+        return torch.compile(model, dynamic=False)
+
+    def close(self):
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+def find_device(name):
+    """auto -> this rank's GPU, else MPS, else CPU."""
+    gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if name == "auto":
+        name = "cuda" if gpus else "mps" if mps else "cpu"
+    if not {"cuda": gpus, "mps": mps, "cpu": True}.get(name):
+        raise UserError(f"device={name} is not to be had here; try --device=auto")
+    if name == "cuda" and ranks > gpus:
+        raise UserError(f"{ranks} ranks share {gpus} GPUs here; try --nproc_per_node={gpus}")
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+
+
+def compile_obstacle(device):
+    """Why torch.compile cannot work here, or nothing."""
+    if device.type == "mps":
+        return "torch.compile is not ready for MPS"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
+        return "it needs a GPU of compute capability 7.0 or more"
+    if device.type == "cuda" and not importlib.util.find_spec("triton"):
+        return "it needs the triton package"
+    if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
+        return "no C++ compiler was found; install gcc or clang"
+    return ""
+
+
+PEAK_FLOPS = {  # dense bf16, fp32 accumulation; the first whose words are in the GPU's name
+    "GB200": 2.5e15, "B200": 2.25e15, "H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12,
+    "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A6000": 154.8e12,
+    "A10G": 70e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+def peak_flops(device, dtype):
+    """FLOP/s the device could reach in bf16; 0 where unknown: a wrong MFU is worse than none."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return 0.0
+    words = set(torch.cuda.get_device_name(device).replace("-", " ").split())
+    if words & {"Laptop", "Max", "Ti", "D"}:  # slower or faster than the card of that number
+        return 0.0
+    return next((peak for part, peak in PEAK_FLOPS.items() if words.issuperset(part.split())), 0.0)
+
+
+# ---------------------------------------------------------------- model
+
+
+def make_norm(cfg):
+    if cfg.norm == "rmsnorm":
+        return nn.RMSNorm(cfg.n_embd, eps=1e-5)
+    return nn.LayerNorm(cfg.n_embd, bias=cfg.bias)
+
+
+def rope_table(cfg):
+    """cos and sin of position * theta^(-2i/hs), each (T, hs/2) (RoFormer, arXiv 2104.09864)."""
+    hs = cfg.n_embd // cfg.n_head
+    frequency = cfg.rope_theta ** (-torch.arange(0, hs, 2, dtype=torch.float32) / hs)
+    angle = torch.outer(torch.arange(cfg.block_size, dtype=torch.float32), frequency)
+    return angle.cos(), angle.sin()
+
+
+def apply_rope(x, rope):
+    """Turn the pairs (x[i], x[i + hs/2]) of x (B, nh, T, hs) by their position's angle."""
+    cos, sin = rope  # (T, hs/2)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, cfg, layer):
+        super().__init__()
+        self.layer, self.n_head, self.dropout = layer, cfg.n_head, cfg.dropout
+        self.qk_norm = cfg.qk_norm
+        self.c_attn = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=cfg.bias and cfg.qkv_bias)
+        self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+
+    def qkv(self, x, rope):
+        """x (B, T, C) -> queries, keys, values (B, nh, T, hs), as the attention uses them."""
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        if self.qk_norm:
+            q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
+        if rope is not None:
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
+        return q, k, v
+
+    def forward(self, x, rope, cache=None):
+        q, k, v = self.qkv(x, rope)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        # a lone query sees every key; is_causal would align it with the first
+        causal = q.size(2) == k.size(2)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
+        return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, nh, T, hs) -> (B, T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.c_fc = nn.Linear(cfg.n_embd, 4 * cfg.n_embd, bias=cfg.bias)
+        self.c_proj = nn.Linear(4 * cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+        self.relu2 = cfg.mlp == "relu2"
+
+    def forward(self, x):
+        x = self.c_fc(x)
+        x = F.relu(x).square() if self.relu2 else F.gelu(x, approximate="tanh")
+        return self.c_proj(x)
+
+
+class SwiGLU(nn.Module):
+    """Gated MLP (arXiv 2002.05202), 8/3 C wide rounded up to 64, so that it costs what MLP does."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        width = math.ceil(8 * cfg.n_embd / 3 / 64) * 64
+        self.c_gate = nn.Linear(cfg.n_embd, width, bias=cfg.bias)
+        self.c_fc = nn.Linear(cfg.n_embd, width, bias=cfg.bias)
+        self.c_proj = nn.Linear(width, cfg.n_embd, bias=cfg.bias)
+
+    def forward(self, x):
+        return self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg, layer):
+        super().__init__()
+        self.ln_1 = make_norm(cfg)
+        self.attn = CausalSelfAttention(cfg, layer)
+        self.ln_2 = make_norm(cfg)
+        self.mlp = SwiGLU(cfg) if cfg.mlp == "swiglu" else MLP(cfg)
+        self.drop = nn.Dropout(cfg.dropout)
+
+    def forward(self, x, rope, cache=None):
+        x = x + self.drop(self.attn(self.ln_1(x), rope, cache))
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+
+class GPT(nn.Module):
+    """The GPT-2 decoder with OpenAI's parameter names; `cfg` chooses its variants once, here."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.transformer = nn.ModuleDict()
+        self.transformer.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        if cfg.pos_embedding == "learned":
+            self.transformer.wpe = nn.Embedding(cfg.block_size, cfg.n_embd)
+        else:
+            cos, sin = rope_table(cfg)
+            self.register_buffer("rope_cos", cos, persistent=False)
+            self.register_buffer("rope_sin", sin, persistent=False)
+        self.transformer.drop = nn.Dropout(cfg.dropout)
+        self.transformer.h = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
+        self.transformer.ln_f = make_norm(cfg)
+        self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        if cfg.tie_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """N(0, 0.02), each layer's two additions to the residual scaled by 1/sqrt(2 n_layer)."""
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                residual = name.endswith("c_proj.weight")
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.cfg.n_layer) if residual else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def features(self, idx, cache=None):
+        """Token ids (B, T) -> the last norm's output (B, T, C). With a cache, idx continues it."""
+        T, start = idx.size(1), cache.length if cache is not None else 0
+        assert start + T <= self.cfg.block_size, "more tokens than block_size"
+        assert start == 0 or T == 1, "a filled cache is continued one token at a time"
+        x, rope = self.transformer.wte(idx), None
+        if self.cfg.pos_embedding == "learned":
+            x = x + self.transformer.wpe.weight[start : start + T]
+        else:
+            rope = self.rope_cos[start : start + T], self.rope_sin[start : start + T]
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            x = block(x, rope, cache)
+        if cache is not None:
+            cache.length += T
+        return self.transformer.ln_f(x)
+
+    def logits(self, x):
+        """Features (..., C) -> logits (..., vocab_size)."""
+        logits, cap = self.lm_head(x), self.cfg.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def text_logits(self, x):
+        """The same, but -inf for ids that only pad the matrices: never sampled, never scored."""
+        logits = self.logits(x)
+        logits[..., VOCABULARY:] = -math.inf
+        return logits
+
+    def forward(self, idx, targets=None, cache=None):
+        """idx (B, T) -> logits (B, T, vocab_size); with targets (B, T), the mean loss in nats."""
+        logits = self.logits(self.features(idx, cache))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def logits_at(self, idx, mask):
+        """Text logits (n, vocab_size) where mask (B, T) is True, in row-major order."""
+        return self.text_logits(self.features(idx)[mask])
+
+    def flops_per_token(self):
+        """Training FLOPs a token: 6 a weight, plus attention's two products (PaLM, appendix B)."""
+        c = self.cfg
+        weights = sum(p.numel() for p in self.parameters())
+        if c.pos_embedding == "learned":
+            weights -= self.transformer.wpe.weight.numel()
+        if not c.tie_embeddings:
+            weights -= self.transformer.wte.weight.numel()  # a look-up multiplies nothing
+        return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
+
+    @classmethod
+    def from_checkpoint(cls, path):
+        """The model of a checkpoint that `train` wrote, in evaluation mode, on the CPU."""
+        cfg, checkpoint = read_checkpoint(path)
+        model = cls(cfg)
+        model.load_state_dict(checkpoint["model"])
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(cls, name):
+        """OpenAI's gpt2[-medium|-large|-xl], or a Hugging Face folder of the same kind."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        config_path, weights_path = pretrained_files(name)
+        try:
+            config = json.loads(config_path.read_text(encoding="utf-8"))
+            if foreign := [key for key, value in OPENAI.items() if config.get(key, value) != value]:
+                raise ValueError(f"{foreign[0]} is {config[foreign[0]]!r}")
+            sizes = {key: config[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
+            tied = config.get("tie_word_embeddings", True)
+            model = cls(Config(**sizes, block_size=config["n_positions"], tie_embeddings=tied))
+            model.load_state_dict(from_openai(load_file(weights_path), tied))
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"{name} is no GPT-2 that can be read ({reason[:160]})") from None
+        return model.eval()
+
+
+OPENAI = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+
+
+def from_openai(weights, tied):
+    """OpenAI's tensors by our names: prefixed, linear layers transposed, without mask buffers."""
+    ours = {}
+    for key, w in weights.items():
+        if key != "lm_head.weight":
+            key = f"transformer.{key.removeprefix('transformer.')}"
+        if not key.endswith((".attn.bias", ".attn.masked_bias")):
+            ours[key] = w.t() if w.dim() == 2 and ".h." in key else w
+    if tied:
+        ours["lm_head.weight"] = ours["transformer.wte.weight"]
+    return ours
+
+
+def pretrained_files(name):
+    """The config.json and model.safetensors of a folder, or of OpenAI's GPT-2 on the hub."""
+    files = ("config.json", "model.safetensors")
+    if Path(name).is_dir():
+        return [Path(name) / file for file in files]
+    if name not in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
+        raise UserError(f"{name} is no .pt file, no folder, and none of gpt2[-medium|-large|-xl]")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return [Path(hf_hub_download(f"openai-community/{name}", file)) for file in files]
+    except Exception as error:  # the hub's, the network's, the disk's: all mean the same here
+        raise UserError(f"{name} could not be downloaded: {str(error).splitlines()[0]}") from None
+
+
+def load_model(name, device="cpu"):
+    """A checkpoint, a Hugging Face folder or gpt2[-medium|-large|-xl] -> GPT, not training."""
+    model = GPT.from_checkpoint(name) if str(name).endswith(".pt") else GPT.from_pretrained(name)
+    return model.to(device)
+
+
+# ---------------------------------------------------------------- generation
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, so that each new token costs one position."""
+
+    def __init__(self, cfg):
+        self.length, self.block_size = 0, cfg.block_size
+        self.layers = [None] * cfg.n_layer
+
+    def extend(self, layer, k, v):
+        """Append k, v (B, nh, T, hs); return all of the layer's, (B, nh, length + T, hs)."""
+        if self.layers[layer] is None:
+            B, nh, _, hs = k.shape
+            self.layers[layer] = k.new_empty(2, B, nh, self.block_size, hs)
+        end = self.length + k.size(2)
+        both = self.layers[layer]
+        both[0, :, :, self.length : end], both[1, :, :, self.length : end] = k, v
+        return both[0, :, :, :end], both[1, :, :, :end]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    temperature: float = 1.0  # below 1 likelier tokens get likelier still; 0 is greedy
+    top_k: int = 0  # draw from the k likeliest tokens; 0 = all
+    top_p: float = 1.0  # draw from the fewest tokens whose probabilities reach p; 1 = all
+    repetition_penalty: float = 1.0  # above 1 seen tokens get less likely (CTRL, arXiv 1909.05858)
+
+
+def sample_token(logits, seen, how, generator):
+    """logits (B, V) and the ids seen so far (B, T) -> one id a row (B, 1)."""
+    logits = logits.float()
+    if how.repetition_penalty != 1.0:
+        score, penalty = logits.gather(1, seen), how.repetition_penalty
+        less = torch.where(score < 0, score * penalty, score / penalty)
+        logits = logits.scatter(1, seen, less)
+    if how.temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits / how.temperature
+    if how.top_k:
+        least = logits.topk(min(how.top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    probs = logits.softmax(-1)
+    if how.top_p < 1.0:
+        ordered, ids = probs.sort(descending=True)
+        before = ordered.cumsum(-1) - ordered
+        ordered = ordered.masked_fill(before >= how.top_p, 0.0)
+        probs = torch.zeros_like(probs).scatter(1, ids, ordered)
+    return torch.multinomial(probs, 1, generator=generator)
+
+
+@torch.inference_mode()
+def generate(model, idx, max_new_tokens, how, generator=None):
+    """Continue idx (B, T) on its device; yield the next ids (B, 1), one step at a time.
+
+    A row that has ended goes on yielding <|endoftext|>; once all have, generation stops. When the
+    context is full, its later half is read again and continued.
+    """
+    block_size, cache = model.cfg.block_size, KVCache(model.cfg)
+    new = idx = idx[:, -block_size:]
+    ended = torch.zeros_like(idx[:, :1], dtype=torch.bool)
+    for _ in range(max_new_tokens):
+        if cache.length + new.size(1) > block_size:
+            cache, new = KVCache(model.cfg), idx[:, -(block_size // 2 + 1) :]
+        logits = model.text_logits(model.features(new, cache)[:, -1])
+        new = sample_token(logits, idx, how, generator)
+        new = new.masked_fill(ended, END_OF_TEXT)
+        yield new
+        idx, ended = torch.cat((idx, new), dim=1), ended | (new == END_OF_TEXT)
+        if ended.all():
+            return
+
+
+def complete(model, prompt, how, num_samples=1, max_new_tokens=64, seed=1337):
+    """`num_samples` continuations of a prompt, as text, without the prompt."""
+    device = next(model.parameters()).device
+    tokens = tokenizer().encode_ordinary(prompt) or [END_OF_TEXT]
+    idx = torch.tensor(tokens, device=device).repeat(num_samples, 1)
+    generator = torch.Generator(device).manual_seed(seed)
+    new = torch.cat(list(generate(model, idx, max_new_tokens, how, generator)), dim=1)
+    return [tokenizer().decode([t for t in row if t != END_OF_TEXT]) for row in new.tolist()]
+
+
+# ---------------------------------------------------------------- optimizer
+
+
+def make_optimizer(model, cfg):
+    """AdamW; weight decay on matrices and embeddings (2-D), none on biases and norms."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    fused = parameters[0].device.type in ("cuda", "cpu")
+    betas = (cfg.beta1, cfg.beta2)
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=fused)
+
+
+def lr_at(step, cfg, max_steps):
+    """Linear warm-up from learning_rate/warmup_steps, then a cosine down to min_lr_ratio."""
+    if step < cfg.warmup_steps:
+        return cfg.learning_rate * (step + 1) / cfg.warmup_steps
+    done = min(1.0, (step - cfg.warmup_steps) / max(1, max_steps - cfg.warmup_steps))
+    cosine = 0.5 * (1 + math.cos(math.pi * done))
+    return cfg.learning_rate * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * cosine)
+
+
+# ---------------------------------------------------------------- data
+
+
+class TokenShards:
+    """The shards of one split as one stream of N tokens, memory-mapped."""
+
+    def __init__(self, data_dir, split):
+        found = sorted(Path(data_dir).glob(f"*_{split}_*"))
+        self.paths = [path for path in found if path.suffix in (".npy", ".bin")]
+        if not self.paths:
+            raise UserError(
+                f"no {split} shards in {data_dir}/. FineWeb-Edu (20 GB): python fineweb.py\n"
+                "       two minutes, no download: python fineweb.py --source=python-docs && "
+                "python train_gpt2.py configs/tiny.toml"
+            )
+        self.shards = [open_shard(path) for path in self.paths]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def read(self, start, length):
+        """Tokens [start, start + length) of the stream, across shard borders, uint16."""
+        parts, i = [], int(np.searchsorted(self.ends, start, side="right"))
+        while length > 0:
+            first = start - int(self.ends[i]) + len(self.shards[i])
+            parts.append(self.shards[i][first : first + length])
+            start, length, i = start + len(parts[-1]), length - len(parts[-1]), i + 1
+        return np.concatenate(parts)
+
+    def windows(self, starts, cfg):
+        """The windows of T + 1 tokens that start there, as int64 (len(starts), T + 1)."""
+        tokens = np.stack([self.read(int(start), cfg.block_size + 1) for start in starts])
+        if tokens.max() >= cfg.vocab_size:  # on a GPU it would end in a device assert
+            raise UserError(
+                f"{cfg.data_dir}/ holds token id {tokens.max()}, vocab_size={cfg.vocab_size} has "
+                "none: shards and config are of different tokenizers"
+            )
+        return torch.from_numpy(tokens.astype(np.int64))
+
+
+def random_words(*entropy, n):
+    """n uint64 that depend on nothing but these integers."""
+    return np.random.SeedSequence(entropy).generate_state(n, np.uint64)
+
+
+def shuffled(index, n, keys):
+    """Where a random permutation of range(n) puts each index, as uint64, without a table.
+
+    A Feistel network permutes the next power of four; what falls outside range(n) walks on along
+    its cycle until it is inside (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+
+    def permute(x):
+        left, right = x >> half, x & mask
+        for key in keys:
+            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+        return left << half | right
+
+    x = permute(np.asarray(index, dtype=np.uint64))
+    while (outside := x >= n).any():
+        x[outside] = permute(x[outside])
+    return x
+
+
+class Loader:
+    """The batch of a step as a pure function of (seed, step): nothing to save, any step at once.
+
+    An epoch is n = (N - 1) // T windows of T + 1 tokens, in an order and from an offset of its own.
+    Sequences are numbered through all epochs; step s takes [sG, (s + 1)G) of them:
+
+        step s:   | micro 0: rank 0 | micro 0: rank 1 | micro 1: rank 0 | micro 1: rank 1 |
+                  sG                +B                +2B               +3B         (s + 1)G
+
+    So any world size and micro-batch see the same G sequences a step.
+    """
+
+    def __init__(self, shards, cfg, runtime, B, G):
+        self.shards, self.cfg, self.runtime = shards, cfg, runtime
+        self.B, self.G, self.T = B, G, cfg.block_size
+        self.n = (len(shards) - 1) // self.T
+        if self.n < 1:
+            raise UserError(f"{cfg.data_dir}/ has {len(shards)} tokens: too few for one block_size")
+
+    def steps_per_epoch(self):
+        return math.ceil(self.n / self.G)
+
+    def starts(self, first, length):
+        """First token of each of the sequences [first, first + length)."""
+        epoch, place = np.divmod(np.arange(first, first + length), self.n)
+        if not self.cfg.shuffle:
+            return place * self.T
+        starts = np.empty_like(place)
+        for e in np.unique(epoch):
+            offset, *keys = random_words(self.cfg.seed, int(e), n=7)
+            spare = (len(self.shards) - 1) % self.T
+            here = epoch == e
+            starts[here] = shuffled(place[here], self.n, keys) * self.T + int(offset) % (spare + 1)
+        return starts
+
+    def batch(self, step, micro):
+        """This rank's tokens (B, T + 1), int64, on the CPU; pinned for CUDA."""
+        first = step * self.G + (micro * self.runtime.world + self.runtime.rank) * self.B
+        tokens = self.shards.windows(self.starts(first, self.B), self.cfg)
+        return tokens.pin_memory() if self.runtime.device.type == "cuda" else tokens
+
+    def stream(self, step, micro_steps):
+        """Yield (inputs, targets) (B, T) on the device, from `step` on; a thread prefetches."""
+        todo = ((s, micro) for s in count(step) for micro in range(micro_steps))
+        with ThreadPoolExecutor(1, "loader") as pool:
+            ahead = deque(pool.submit(self.batch, *at) for at in islice(todo, 4))
+            while True:
+                tokens = ahead.popleft().result().to(self.runtime.device, non_blocking=True)
+                ahead.append(pool.submit(self.batch, *next(todo)))
+                yield tokens[:, :-1], tokens[:, 1:]
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+@contextlib.contextmanager
+def evaluating(model, runtime):
+    """No gradients, no dropout, the training precision."""
+    model.eval()
+    with torch.inference_mode(), runtime.autocast():
+        yield
+    model.train()
+
+
+def evaluate_loss(model, shards, cfg, runtime, rows):
+    """Mean loss (nats a token) over the first eval_tokens of the validation split, on all ranks.
+
+    The windows are the same whatever the batch and the world: `rows`, the windows of one forward
+    pass, sets memory and speed alone.
+    """
+    n = min(cfg.eval_tokens, len(shards) - 1) // cfg.block_size
+    if not n:
+        raise UserError(f"{cfg.data_dir}/ has too few validation tokens for one block_size + 1")
+    starts = range(0, n * cfg.block_size, cfg.block_size)[runtime.rank :: runtime.world]
+    total = torch.zeros(1, dtype=torch.float64)
+    with evaluating(model, runtime):
+        for i in range(0, len(starts), rows):
+            tokens = shards.windows(starts[i : i + rows], cfg).to(runtime.device)
+            total += model(tokens[:, :-1], tokens[:, 1:]).item() * len(tokens)
+    return runtime.sum(total).item() / n
+
+
+@functools.cache
+def hellaswag_tasks(cfg, runtime):
+    """The tasks, or none with one warning: a file that cannot be had must not stop a run."""
+    wanted = cfg.hellaswag_path, cfg.hellaswag_examples
+    try:
+        runtime.agree(lambda: hellaswag.load(*wanted) and None)  # one rank downloads
+        return hellaswag.load(*wanted)
+    except UserError as error:
+        runtime.print(f"HellaSwag is skipped: {error}")
+        return []
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+@dataclass
+class TrainState:
+    """All that a run carries from step to step; the loader and the generators carry nothing."""
+
+    model: GPT  # neither compiled nor wrapped: its keys are the checkpoint's
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0  # optimizer steps done
+    best: float = math.inf  # lowest validation loss so far
+
+
+def read_checkpoint(path):
+    """(Config, the whole dict on the CPU). weights_only: a file from elsewhere cannot run code."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return Config(**checkpoint["config"]), checkpoint
+    except Exception as error:  # torn and foreign files meet torch's unpickler in many ways
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{path} is no checkpoint that can be read ({reason[:90]})") from None
+
+
+def resume(folder, state, runtime):
+    """Continue from the newest whole checkpoint in folder, if there is one."""
+    paths = sorted(folder.glob("step_*.pt"), reverse=True)
+    for path in paths:
+        try:
+            old, checkpoint = read_checkpoint(path)
+        except UserError as error:
+            runtime.print(f"{error}; going back to the one before")
+            continue
+        was, now = asdict(old), asdict(state.model.cfg)
+        if differ := [f"{k}={was[k]}, now {now[k]}" for k in ARCHITECTURE if was[k] != now[k]]:
+            raise UserError(f"{path} has {'; '.join(differ)}: not to be changed within a run")
+        state.model.load_state_dict(checkpoint["model"])
+        # hyperparameters come from the config, the moments from the file
+        groups = state.optimizer.state_dict()["param_groups"]
+        state.optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
+        state.scaler.load_state_dict(checkpoint["scaler"])
+        state.step, state.best = checkpoint["step"], checkpoint["best"]
+        runtime.print(f"continuing {path}: step {state.step}")
+        return
+    if paths:
+        raise UserError(f"{folder}/ holds no whole checkpoint: take another run_name")
+    runtime.print(f"no checkpoint in {folder}/ yet: starting from the beginning")
+
+
+# ---------------------------------------------------------------- the run's folder
+
+
+def choose_run_name(cfg, default):
+    """run_name, or the first free of default, default-2, ... (with resume: the last taken)."""
+
+    def taken(name):
+        return (Path(cfg.log_dir) / name / "log.txt").exists()
+
+    if cfg.run_name:
+        if taken(cfg.run_name) and not cfg.resume:
+            there = Path(cfg.log_dir) / cfg.run_name
+            raise UserError(f"{there}/ holds a run: add --resume=True, or take another --run_name")
+        return cfg.run_name
+    names = [default, *(f"{default}-{i}" for i in range(2, 10_000))]
+    free = next(i for i, name in enumerate(names) if not taken(name))
+    return names[max(0, free - 1) if cfg.resume else free]
+
+
+def to_toml(cfg):
+    """The config as TOML that load_config reads back; `resume` is a command, not a setting."""
+    values = {key: value for key, value in asdict(cfg).items() if key != "resume"}
+    # JSON writes strings, numbers and booleans as TOML does, but for one character
+    lines = (f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in values.items())
+    return "".join(lines).replace("\x7f", "\\u007f")
+
+
+class RunLog:
+    """log/<run_name>: config.toml, and log.txt with a line `step stream value` for every number.
+
+    Append-only; where a step repeats after a restart, its last line counts. Rank 0 alone writes.
+    """
+
+    def __init__(self, folder, model, runtime, tokens, max_steps):
+        self.folder, self.model, self.runtime, self.file = folder, model, runtime, None
+        self.tokens, self.max_steps = tokens, max_steps  # tokens an optimizer step
+        if runtime.rank != 0:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / "config.toml") as temporary:
+            temporary.write_text(to_toml(model.cfg), encoding="utf-8")
+        log = folder / "log.txt"
+        torn = log.exists() and not log.read_bytes().endswith(b"\n")
+        self.file = open(log, "a", buffering=1, encoding="utf-8", newline="\n")  # noqa: SIM115
+        self.file.write("\n" if torn else "")  # a kill may have left half a line
+
+    def write(self, step, **values):
+        if self.file:
+            self.file.write("".join(f"{step} {key} {value!r}\n" for key, value in values.items()))
+
+    def step(self, step, loss, lr, norm, dt):
+        """Every step to log.txt, every log_interval-th to the console as well."""
+        tps, runtime = self.tokens / dt, self.runtime
+        self.write(step, train=loss, lr=lr, norm=norm, tps=tps)
+        left = self.max_steps - step - 1
+        if not due(step, self.model.cfg.log_interval, last=left == 0):
+            return
+        line = f"step {step:5d}/{self.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f}"
+        line += f" | dt {1000 * dt:.0f} ms | {tps:,.0f} tok/s | {(step + 1) * self.tokens:,} tokens"
+        if peak := peak_flops(runtime.device, runtime.dtype):
+            line += f" | mfu {self.model.flops_per_token() * tps / runtime.world / peak:.1%}"
+        if memory := runtime.peak_memory():
+            line += f" | {memory / 2**30:.1f} GiB"
+        runtime.print(f"{line} | eta {timedelta(seconds=round(left * dt))}")
+
+    def save(self, state):
+        """Write step_{step}.pt, all that resuming needs; keep the newest keep_checkpoints."""
+        more = {"optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict()}
+        self.write_checkpoint(f"step_{state.step:06d}.pt", state, more)
+        if self.file:
+            for old in sorted(self.folder.glob("step_*.pt"))[: -self.model.cfg.keep_checkpoints]:
+                old.unlink()
+
+    def write_checkpoint(self, name, state, more):
+        """Weights, config, step and best loss, and `more`, in a file that is whole or not there."""
+        if self.file:
+            content = {"model": state.model.state_dict(), "config": asdict(state.model.cfg)}
+            content |= {"step": state.step, "best": state.best} | more
+            with replacing(self.folder / name) as temporary:
+                torch.save(content, temporary)
+
+    def close(self):
+        if self.file:
+            self.file.close()
+
+
+def due(step, interval, last):
+    """Every `interval` steps and at the end; interval 0 is off."""
+    return interval > 0 and (last or step % interval == 0)
+
+
+# ---------------------------------------------------------------- training
+
+
+def fit_micro_batch(model, cfg, runtime):
+    """B: the most sequences, a power of two, whose forward and backward pass fits on every rank."""
+    share = 64 if cfg.grad_accum_steps else cfg.total_batch_size // cfg.block_size // runtime.world
+    B = max(1, min(64, share & -share))  # has to divide a rank's share of the optimizer step
+    if runtime.device.type == "cpu":
+        return min(B, 4)  # short of memory, Linux kills the process: nothing could be caught
+
+    def fits():
+        try:
+            idx = torch.zeros(B, cfg.block_size + 1, dtype=torch.long, device=runtime.device)
+            with runtime.autocast():
+                loss = model(idx[:, :-1], idx[:, 1:])
+            loss.backward()
+            return 1.0
+        except torch.OutOfMemoryError:
+            return 0.0
+
+    moments = [torch.empty_like(p) for p in model.parameters() for _ in "mv"]  # AdamW's, to come
+    while runtime.sum(torch.tensor(fits())).item() < runtime.world:
+        if B == 1:
+            raise UserError("memory is short for even one sequence: lower block_size or the model")
+        B //= 2
+        model.zero_grad(set_to_none=True)
+        runtime.forget_memory()
+    model.zero_grad(set_to_none=True)
+    del moments
+    runtime.forget_memory()
+    runtime.print(f"micro_batch_size={B} is the most that fits; tokens per step are unchanged")
+    return B
+
+
+def train_step(model, state, batches, micro_steps, lr, runtime, stop=False):
+    """One optimizer step -> (mean loss, gradient norm before clipping, whether any rank must stop).
+
+    A non-finite loss or norm skips the update, on every rank alike.
+    """
+    cfg = state.model.cfg
+    torch.manual_seed(int(random_words(cfg.seed, state.step, runtime.rank, n=1)[0]))  # dropout's
+    loss = 0.0
+    for micro in range(micro_steps):
+        inputs, targets = next(batches)
+        # DDP reads it in the forward pass
+        model.require_backward_grad_sync = micro == micro_steps - 1
+        with runtime.autocast():
+            part = model(inputs, targets) / micro_steps
+        state.scaler.scale(part).backward()
+        loss = loss + part.detach()
+    state.scaler.unscale_(state.optimizer)
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip or math.inf)
+    # the step's one wait for the device, and its one small reduction
+    told = runtime.sum(torch.stack((loss, norm, loss.new_tensor(float(stop)))))
+    loss, norm, stop = (told / runtime.world).tolist()
+    if math.isfinite(loss) and math.isfinite(norm):
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
+        state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    return loss, norm, stop > 0
+
+
+@contextlib.contextmanager
+def stop_on_signal():
+    """Yield whether SIGINT or SIGTERM came, to be asked; a second one ends the program at once."""
+    asked = threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number, frame):
+        asked.set()
+        signal.signal(number, before[number])
+
+    try:
+        for number in before:
+            signal.signal(number, ask)
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def evaluate(state, val_shards, rows, log, runtime):
+    """Validation loss, HellaSwag and samples at state.step; the best loss so far writes best.pt."""
+    model, cfg, step = state.model, state.model.cfg, state.step
+    loss = evaluate_loss(model, val_shards, cfg, runtime, rows)
+    log.write(step, val=loss)
+    perplexity = math.exp(min(loss, 700))
+    runtime.print(f"step {step:5d} | val loss {loss:.4f} | perplexity {perplexity:.2f}")
+    if step == 0:
+        return  # an untrained model: its loss is a check, the rest would be noise
+    if loss < state.best:
+        state.best = loss
+        log.write_checkpoint("best.pt", state, {})
+    if cfg.hellaswag_examples and (tasks := hellaswag_tasks(cfg, runtime)):
+        with evaluating(model, runtime):
+            scores = hellaswag.score(model.logits_at, tasks, cfg.block_size, runtime)
+        log.write(step, hella=scores["acc_norm"])
+        result = "acc_norm {acc_norm:.4f} +- {acc_norm_stderr:.4f} | acc {acc:.4f}"
+        runtime.print(f"step {step:5d} | HellaSwag {result.format(**scores)}")
+    if cfg.sample_prompt and runtime.rank == 0:
+        with evaluating(model, runtime):
+            for text in complete(model, cfg.sample_prompt, Sampling(top_k=50), 2, 48):
+                runtime.print(f"  > {cfg.sample_prompt}{text}".replace("\n", " "))
+
+
+def initial_model(cfg):
+    """A GPT drawn from the seed, or init_from's weights and architecture with the rest of cfg."""
+    torch.manual_seed(cfg.seed)
+    if not cfg.init_from:
+        return GPT(cfg)
+    source = load_model(cfg.init_from)
+    model = GPT(replace(cfg, **{key: getattr(source.cfg, key) for key in ARCHITECTURE}))
+    model.load_state_dict(source.state_dict())
+    return model
+
+
+def set_up(cfg, runtime, shards):
+    """What steps need: (TrainState, the model to call, Loader, micro-steps)."""
+    model = initial_model(cfg).to(runtime.device)
+    cfg = model.cfg
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
+    state = TrainState(model, make_optimizer(model, cfg), scaler)
+    if cfg.resume:
+        resume(Path(cfg.log_dir) / cfg.run_name, state, runtime)
+    fast = runtime.compile(model) if cfg.compile_model else model
+    B = cfg.micro_batch_size or fit_micro_batch(fast, cfg, runtime)
+    micro_steps, G = batch_layout(cfg, runtime.world, B)
+    return state, runtime.parallel(fast), Loader(shards, cfg, runtime, B, G), micro_steps
+
+
+def train(cfg, runtime):
+    """Train to max_steps or until asked to stop; everything the run leaves is in its folder."""
+    shards, val_shards = (TokenShards(cfg.data_dir, split) for split in ("train", "val"))
+    state, fast, loader, micro_steps = set_up(cfg, runtime, shards)
+    model, cfg, B = state.model, state.model.cfg, loader.B
+    folder = Path(cfg.log_dir) / cfg.run_name
+    start, max_steps = state.step, cfg.max_steps or loader.steps_per_epoch()
+    log = RunLog(folder, model, runtime, loader.G * loader.T, max_steps)
+    introduce(model, loader, micro_steps, max_steps, runtime)
+
+    skipped, stop, batches = 0, False, loader.stream(start, micro_steps)
+    with contextlib.closing(log), contextlib.closing(batches), stop_on_signal() as asked:
+        clock = time.perf_counter()
+        for step in range(start, max_steps + 1):
+            last, paused = step == max_steps, time.perf_counter()
+            if due(step, cfg.eval_interval, last) and (last or not stop):
+                evaluate(state, val_shards, max(1, B // 2), log, runtime)
+            # while steps are skipped, the newest checkpoint stays one from before them
+            regular = due(step, cfg.checkpoint_interval, last) and not skipped
+            if step > start and (regular or last or stop):
+                log.save(state)
+            if last or stop:
+                break
+            clock += time.perf_counter() - paused  # evaluating and saving is not training
+            lr = lr_at(step, cfg, max_steps)
+            loss, norm, stop = train_step(fast, state, batches, micro_steps, lr, runtime, asked())
+            clock, dt = time.perf_counter(), time.perf_counter() - clock
+            log.step(step, loss, lr, norm, dt)
+            skipped = 0 if math.isfinite(loss + norm) else skipped + 1
+            if skipped == MAX_SKIPPED:
+                state.step -= MAX_SKIPPED  # the weights have not moved since
+                log.save(state)
+                raise UserError(
+                    f"{MAX_SKIPPED} steps in a row had a non-finite loss or gradient. {folder}/\n"
+                    f"       holds step {state.step}, from before them: lower learning_rate or set "
+                    "dtype=float32, then --resume=True"
+                )
+    if stop and state.step < max_steps:
+        again = f"{python()} train_gpt2.py {folder}/config.toml --resume=True"
+        runtime.print(f"stopped after step {state.step}; to continue: {again}")
+    else:
+        finish(folder, runtime)
+
+
+def introduce(model, loader, micro_steps, max_steps, runtime):
+    """Say on what, with what and how long the run trains."""
+    cfg, world, tokens = model.cfg, runtime.world, loader.G * loader.T
+    device = runtime.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device
+    parameters = sum(p.numel() for p in model.parameters())
+    runtime.print(
+        f"run    {Path(cfg.log_dir) / cfg.run_name}/ on {name}, {runtime.dtype}, ranks: {world}\n"
+        f"model  {parameters:,} parameters, {model.flops_per_token() / 1e6:,.1f} MFLOP a token\n"
+        f"data   {cfg.data_dir}/, {len(loader.shards):,} tokens, {loader.steps_per_epoch():,} "
+        "steps an epoch\n"
+        f"batch  {tokens:,} tokens a step = {loader.B} sequences x {loader.T} tokens "
+        f"x {micro_steps} micro-steps x {world} ranks\n"
+        f"steps  {max_steps:,}, {max_steps * tokens:,} tokens"
+    )
+
+
+def python():
+    """How this Python was called, for commands to copy."""
+    here = Path(sys.executable)
+    return here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else "python"
+
+
+def finish(folder, runtime):
+    """Draw the run's picture, say what the run left, and three things to do with it."""
+    if runtime.rank != 0:
+        return
+    if importlib.util.find_spec("matplotlib"):
+        plot = [sys.executable, Path(__file__).parent / "plots" / "plot.py", folder]
+        subprocess.run([*plot, f"--out={folder / 'loss.png'}"], stdout=subprocess.DEVNULL)
+    best = folder / "best.pt"
+    model = best if best.exists() else max(folder.glob("step_*.pt"))
+    print(f"wrote {folder}/: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+    print(f'next:  {python()} sample.py --model={model} --prompt="..."')
+    print(f'       {python()} plots/attention.py --model={model} --text="..."')
+    print(
+        f"       {python()} train_gpt2.py {folder}/config.toml --run_name=... --learning_rate=..."
+    )
+
+
+# ---------------------------------------------------------------- main
+
+
+def main():
+    cfg, name = load_config(sys.argv[1:])
+    with contextlib.closing(Runtime(cfg.device, cfg.dtype)) as runtime:
+        cfg = replace(cfg, run_name=runtime.agree(lambda: choose_run_name(cfg, name)))
+        train(cfg, runtime)
+
+
+if __name__ == "__main__":
+    run(main)
