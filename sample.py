@@ -1,0 +1,127 @@
+"""Text from a model: a prompt in, its continuation out, printed as it is made.
+
+    python sample.py --model=log/gpt2_124m/best.pt --prompt="The capital of France"
+    python sample.py --model=gpt2 --prompt="Once upon a time" --num_samples=4 --preset=conservative
+    python sample.py --model=gpt2 --temperature=0.9 --top_k=100     # no prompt: a new document
+    python sample.py --model=gpt2 --interactive=True                # prompts typed, one a line
+
+The model continues text; it was not taught to answer. It stops where the document ends, or after
+max_new_tokens. Of a long prompt it reads the last block_size tokens.
+"""
+
+import codecs
+import math
+import sys
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+import torch
+
+from fineweb import END_OF_TEXT, UserError, command_line, run, tokenizer
+from train_gpt2 import VOCABULARY, Runtime, Sampling, complete, generate, load_model
+
+PRESETS = {
+    "conservative": Sampling(temperature=0.6, top_k=40),
+    "nucleus": Sampling(temperature=0.8, top_p=0.9),
+    "greedy": Sampling(temperature=0),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    model: str  # a checkpoint, a Hugging Face folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl
+    prompt: str = ""  # the text to continue; "" = start a document
+    preset: Literal["conservative", "nucleus", "greedy"] = "nucleus"  # sets the four below
+    temperature: float | None = None  # 0 = always the likeliest token; 1 = the model's own odds
+    top_k: int | None = None  # draw from the k likeliest tokens; 0 = all
+    top_p: float | None = None  # draw from the fewest tokens whose odds reach p; 1 = all
+    repetition_penalty: float | None = None  # above 1 makes tokens seen before less likely; 1 = off
+    max_new_tokens: int = 256  # at most, for each sample
+    num_samples: int = 1  # more than one are made as one batch
+    seed: int = 1337  # the same seed gives the same text; interactive adds 1 for each prompt
+    interactive: bool = False  # read prompts from the terminal until an empty one
+    device: str = "auto"  # auto | cuda | mps | cpu
+
+
+def sampling(options):
+    """The preset with the fields that the options set themselves; impossible values are refused."""
+    preset = PRESETS[options.preset]
+    own = {key: getattr(options, key) for key in asdict(preset)}
+    how = replace(preset, **{key: value for key, value in own.items() if value is not None})
+    rules = {  # field: whether its value is right, what it must be
+        "temperature": (0 <= how.temperature < math.inf, "0 or more; 0 is greedy"),
+        "top_k": (how.top_k >= 0, "0 or more; 0 draws from all tokens"),
+        "top_p": (0 < how.top_p <= 1, "above 0 and at most 1; 1 draws from all tokens"),
+        "repetition_penalty": (0 < how.repetition_penalty < math.inf, "above 0; 1 is off"),
+        "max_new_tokens": (options.max_new_tokens >= 1, "1 or more"),
+        "num_samples": (options.num_samples >= 1, "1 or more"),
+        "seed": (0 <= options.seed < 2**63, "0 or more, below 2**63"),
+    }
+    for key, (right, expected) in rules.items():
+        if not right:
+            raise UserError(f"{key}={getattr(options, key)} is not possible: it must be {expected}")
+    return how
+
+
+def load_text_model(name, device="cpu"):
+    """`load_model` where text goes in or out: UserError if the ids are not GPT-2's."""
+    model = load_model(name, device)
+    if model.cfg.vocab_size < VOCABULARY:
+        raise UserError(
+            f"{name} has vocab_size={model.cfg.vocab_size}: it was trained on other tokens than "
+            f"GPT-2's {VOCABULARY}, so text means nothing to it"
+        )
+    return model
+
+
+def stream(model, prompt, how, max_new_tokens, seed):
+    """Yield a continuation in pieces of whole characters, though a token may end inside one."""
+    device = next(model.parameters()).device
+    tokens = tokenizer().encode_ordinary(prompt) or [END_OF_TEXT]
+    generator = torch.Generator(device).manual_seed(seed)
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    idx = torch.tensor([tokens], device=device)
+    for new in generate(model, idx, max_new_tokens, how, generator):
+        if new.item() != END_OF_TEXT:
+            yield decoder.decode(tokenizer().decode_single_token_bytes(new.item()))
+    yield decoder.decode(b"", final=True)
+
+
+def typed_prompt():
+    try:
+        return input("prompt> ")
+    except EOFError:
+        print()
+        return ""
+
+
+def show(model, prompt, how, options, seed):
+    """Print one continuation as it grows, or several under a rule each."""
+    if options.num_samples == 1:
+        print(prompt, end="", flush=True)
+        for piece in stream(model, prompt, how, options.max_new_tokens, seed):
+            print(piece, end="", flush=True)
+        print()
+        return
+    texts = complete(model, prompt, how, options.num_samples, options.max_new_tokens, seed)
+    for i, text in enumerate(texts, 1):
+        rule = f"---- {i} of {len(texts)} ".ljust(72, "-")
+        print(f"{rule}\n{prompt}{text}")
+
+
+def main():
+    options = command_line(Options, __doc__)
+    how = sampling(options)
+    if options.interactive and options.prompt:
+        raise UserError("--interactive asks for prompts: leave --prompt out")
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character the model writes
+    runtime = Runtime(options.device)
+    model = load_text_model(options.model, runtime.device)
+    prompts = iter(typed_prompt, "") if options.interactive else [options.prompt]
+    with torch.inference_mode(), runtime.autocast():
+        for i, prompt in enumerate(prompts):
+            show(model, prompt, how, options, options.seed + i)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,157 @@
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+import sample
+from fineweb import END_OF_TEXT, UserError, tokenizer
+from sample import Options, sampling, stream
+from train_gpt2 import Runtime, Sampling, complete
+
+
+@pytest.fixture
+def model(tiny, make_model):
+    return make_model(replace(tiny, vocab_size=50304))
+
+
+@pytest.fixture
+def write_tokens(monkeypatch):
+    """Have `generate` yield these tokens, whatever the model."""
+
+    def write(tokens):
+        steps = [torch.tensor([[token]]) for token in tokens]
+        monkeypatch.setattr(sample, "generate", lambda *_: iter(steps))
+
+    return write
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys, model):
+    """Run sample.py in this process on the checkpoint of `model`; returns what it prints."""
+    path = tmp_path / "best.pt"
+    torch.save({"model": model.state_dict(), "config": asdict(model.cfg)}, path)
+    monkeypatch.setattr(sample, "Runtime", lambda device: Runtime(device, "float32"))
+
+    def run(*flags):
+        flags = [f"--model={path}", "--max_new_tokens=8", "--device=cpu", *flags]
+        monkeypatch.setattr(sys, "argv", ["sample.py", *flags])
+        sample.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+# ---------------------------------------------------------------- presets and flags
+
+
+def test_presets_are_what_the_documentation_says():
+    how = {name: sampling(Options(model="", preset=name)) for name in sample.PRESETS}
+    assert how == {
+        "conservative": Sampling(temperature=0.6, top_k=40),
+        "nucleus": Sampling(temperature=0.8, top_p=0.9),
+        "greedy": Sampling(temperature=0),
+    }
+    assert sampling(Options(model="")) == how["nucleus"]
+
+
+def test_a_flag_overrides_its_field_of_the_preset_alone():
+    how = sampling(Options(model="", preset="conservative", top_k=0, repetition_penalty=1.2))
+    assert how == Sampling(temperature=0.6, top_k=0, repetition_penalty=1.2)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")),
+        ("top_k", -1), ("top_p", 0.0), ("top_p", 1.5), ("repetition_penalty", 0.0),
+        ("max_new_tokens", 0), ("num_samples", 0), ("seed", -1), ("seed", 2**63),
+    ],
+)  # fmt: skip
+def test_impossible_values_are_refused_by_name_and_value(field, value):
+    with pytest.raises(UserError, match=f"{field}={value} .* must be "):
+        sampling(Options(model="", **{field: value}))
+
+
+def test_values_are_checked_before_the_model_is_read(run_cli):
+    done = run_cli("sample.py", "--model=nowhere.pt", "--top_p=0")
+    assert done.returncode == 2
+    assert "top_p=0" in done.stderr
+    assert "nowhere" not in done.stderr + done.stdout
+
+
+# ---------------------------------------------------------------- streaming
+
+
+def test_characters_split_over_tokens_are_printed_whole(model, write_tokens):
+    text = "naïve 你好 🎉 end"
+    tokens = tokenizer().encode_ordinary(text)
+    assert any("�" in tokenizer().decode([token]) for token in tokens)
+    write_tokens(tokens)
+    pieces = list(stream(model, "", Sampling(), len(tokens), seed=0))
+    assert "".join(pieces) == text
+    assert not any("�" in piece for piece in pieces)
+
+
+def test_a_character_cut_off_at_the_end_is_shown_as_such(model, write_tokens):
+    tokens = tokenizer().encode_ordinary("a 🎉")[:-1]
+    write_tokens(tokens)
+    assert "".join(stream(model, "", Sampling(), 8, seed=0)) == "a �"
+
+
+def test_the_end_of_a_document_is_not_printed(model, write_tokens):
+    write_tokens([*tokenizer().encode_ordinary("The end"), END_OF_TEXT])
+    assert "".join(stream(model, "", Sampling(), 8, seed=0)) == "The end"
+
+
+@pytest.mark.parametrize("prompt", ["The cat", ""])
+def test_streamed_text_equals_complete(model, prompt):
+    how = Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.1)
+    pieces = stream(model, prompt, how, 24, seed=5)
+    assert "".join(pieces) == complete(model, prompt, how, max_new_tokens=24, seed=5)[0]
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_command_prints_the_prompt_and_its_continuation(command, model):
+    [text] = complete(model, "The cat", Sampling(temperature=0), max_new_tokens=8)
+    assert command("--prompt=The cat", "--preset=greedy") == f"The cat{text}\n"
+
+
+def test_the_seed_decides_what_is_sampled_and_greedy_ignores_it(command):
+    def run(*flags):
+        return command("--prompt=The cat", *flags)
+
+    assert run("--seed=1") == run("--seed=1") != run("--seed=2")
+    assert run("--seed=1", "--preset=greedy") == run("--seed=2", "--preset=greedy")
+
+
+def test_several_samples_are_printed_whole_under_a_rule_each(command, model):
+    texts = complete(model, "The cat", sample.PRESETS["nucleus"], 3, 8, seed=7)
+    rules = [f"---- {i} of 3 ".ljust(72, "-") for i in (1, 2, 3)]
+    expected = "".join(f"{rule}\nThe cat{text}\n" for rule, text in zip(rules, texts, strict=True))
+    assert command("--prompt=The cat", "--num_samples=3", "--seed=7") == expected
+    assert len(set(texts)) == 3
+
+
+@pytest.mark.parametrize("end", ["", EOFError()])
+def test_interactive_continues_each_prompt_until_an_empty_one_or_the_end(command, monkeypatch, end):
+    typed = iter(["The cat", "The dog", end, "never read"])
+
+    def read(prompt):
+        line = next(typed)
+        if isinstance(line, EOFError):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    printed = command("--interactive=True", "--preset=greedy")
+    assert printed.count("The cat") == printed.count("The dog") == 1
+    assert next(typed) == "never read"
+
+
+def test_a_model_of_other_tokens_is_refused(tmp_path, tiny, make_model):
+    torch.save({"model": make_model(tiny).state_dict(), "config": asdict(tiny)}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"vocab_size=512.*50257"):
+        sample.load_text_model(str(tmp_path / "x.pt"))
