@@ -1,0 +1,365 @@
+"""Time the real code: training steps, data loading, tokenizing, HellaSwag and sampling.
+
+    python bench.py train configs/tiny.toml --steps=50     # takes every option of train_gpt2.py
+    python bench.py loader --data_dir=edu_fineweb10B       # and so does this
+    python bench.py tokenize --input my_texts/
+    python bench.py hellaswag --model=gpt2 --examples=500
+    python bench.py sample --model=gpt2 --batch=64 --json=sample.json
+
+What is compared takes turns in one run, and a ratio is the median over the turns: what else the
+machine does slows both sides. Above 1, the side named first is the faster.
+"""
+
+import contextlib
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import fineweb
+import hellaswag
+import train_gpt2 as gpt
+from fineweb import UserError
+
+NEEDED = 600_000  # tokens/s of training on one fast GPU, which the loader has to feed
+PACKAGES = ("torch", "numpy", "tiktoken", "gigatoken")  # whose versions decide a figure
+
+
+# ---------------------------------------------------------------- timing
+
+
+def take_turns(sides, rounds):
+    """Call each of {name: function} once a round -> ({name: seconds}, {name: last result})."""
+    seconds, results = {name: [] for name in sides}, {}
+    for _ in tqdm(range(rounds), ", ".join(sides), delay=5, leave=False, disable=None):
+        for name, function in sides.items():
+            begin = time.perf_counter()
+            results[name] = function()
+            seconds[name].append(time.perf_counter() - begin)
+    return seconds, results
+
+
+def compare(seconds, amount, unit):
+    """Each side's median rate in units a second, and the first side's speed over each other's."""
+    figures = {f"{side}_{unit}_per_s": amount / np.median(t) for side, t in seconds.items()}
+    first, *others = seconds
+    for side in others:
+        figures[f"ratio_to_{side}"] = np.median(np.divide(seconds[side], seconds[first]))
+    return {key: float(value) for key, value in figures.items()}
+
+
+def described(runtime, model):
+    """What a model's figures depend on besides its options."""
+    cuda = runtime.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(runtime.device) if cuda else str(runtime.device),
+        "dtype": str(runtime.dtype).removeprefix("torch."),
+        "ranks": runtime.world,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def report(figures, path):
+    """Print the figures, and what they were taken with, as a table; write the same as JSON."""
+    figures |= {"threads": torch.get_num_threads(), "cores": os.cpu_count()}
+    figures |= {"machine": platform.machine(), "python": platform.python_version()}
+    installed = filter(importlib.util.find_spec, PACKAGES)
+    figures |= {package: importlib.metadata.version(package) for package in installed}
+    for key, value in figures.items():
+        if type(value) in (int, float):
+            value = f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+        print(f"{key:26} {'unknown' if value is None else value}")
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with fineweb.replacing(path) as temporary:
+            temporary.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        print(f"wrote {path}")
+
+
+# ---------------------------------------------------------------- training and its data
+
+
+@dataclass(frozen=True)
+class TrainOptions(gpt.Config):
+    steps: int = 20  # to time after the first: optimizer steps, or the loader's batches
+    tokens: int = 10_000_000  # random ones to read where data_dir holds no shards
+    json: str = ""  # also write the figures to this file
+
+
+@contextlib.contextmanager
+def training_data(cfg):
+    """Yield (cfg, what its data is): data_dir's shards, or else random tokens, for the time being.
+
+    They come from the seed, so every rank can have its own copy.
+    """
+    if any(Path(cfg.data_dir).glob("*_train_*")):
+        yield cfg, cfg.data_dir
+        return
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        draw = np.random.default_rng(cfg.seed).integers
+        ids = min(cfg.vocab_size, gpt.VOCABULARY)
+        fineweb.write_shard(folder, 1, draw(ids, size=cfg.tokens, dtype=np.uint16))
+        yield replace(cfg, data_dir=folder), f"random tokens: {cfg.data_dir}/ holds no shards"
+
+
+def timed(iterator, waits):
+    """Pass items on; append to `waits` the seconds that each took to come."""
+    while True:
+        begin = time.perf_counter()
+        item = next(iterator)
+        waits.append(time.perf_counter() - begin)
+        yield item
+
+
+def bench_train(options):
+    """optimizer steps: compiling, step time, tokens/s, MFU, memory, waiting for data"""
+    runtime = gpt.Runtime(options.device, options.dtype)
+    with contextlib.closing(runtime), training_data(options) as (cfg, data):
+        begin = time.perf_counter()
+        state, fast, loader, micro_steps = gpt.set_up(
+            cfg, runtime, gpt.TokenShards(cfg.data_dir, "train")
+        )
+        model, cfg, B, G = state.model, state.model.cfg, loader.B, loader.G
+        max_steps, waits = cfg.max_steps or loader.steps_per_epoch(), []
+        with contextlib.closing(loader.stream(0, micro_steps)) as stream:
+            batches = timed(stream, waits)
+
+            def step():
+                lr = gpt.lr_at(state.step, cfg, max_steps)
+                loss, _, _ = gpt.train_step(fast, state, batches, micro_steps, lr, runtime)
+                runtime.synchronize()  # train_step leaves the optimizer running
+                return loss
+
+            step()
+            first_step = time.perf_counter() - begin
+            seconds, losses = take_turns({"step": step}, cfg.steps)
+        median, p10, p90 = np.percentile(seconds["step"], [50, 10, 90]).tolist()
+        rate = G * cfg.block_size / median
+        peak = gpt.peak_flops(runtime.device, runtime.dtype) * runtime.world
+        return {
+            **described(runtime, model),
+            "data": data,
+            "compiled": cfg.compile_model and not gpt.compile_obstacle(runtime.device),
+            "batch": f"{B} x {cfg.block_size} x {micro_steps} micro-steps",
+            "tokens_per_step": G * cfg.block_size,
+            "first_step_s": first_step,  # from making the model on, with compiling
+            "step_s_median": median,
+            "step_s_p10": p10,
+            "step_s_p90": p90,
+            "tokens_per_s": rate,
+            "mfu": model.flops_per_token() * rate / peak if peak else None,
+            "peak_memory_gib": runtime.peak_memory() / 2**30 or None,
+            "data_wait_s_per_step": sum(waits[micro_steps:]) / cfg.steps,
+            "last_loss": losses["step"],
+        }
+
+
+def bench_loader(options):
+    """start-up and batches of the data loader, beside what the fastest training needs"""
+    runtime = gpt.Runtime(options.device, options.dtype)
+    B = options.micro_batch_size or 64
+    with contextlib.closing(runtime), training_data(options) as (cfg, data):
+        begin = time.perf_counter()
+        loader = gpt.Loader(gpt.TokenShards(cfg.data_dir, "train"), cfg, runtime, B, B)
+        loader.batch(0, 0)
+        start_up = time.perf_counter() - begin
+        steps = iter(range(1, cfg.steps + 1))
+        seconds, _ = take_turns({"batch": lambda: loader.batch(next(steps), 0)}, cfg.steps)
+    median = float(np.median(seconds["batch"]))
+    return {
+        "data": data,
+        "tokens": len(loader.shards),
+        "batch": f"{B} x {cfg.block_size}",
+        "start_up_s": start_up,  # until the first batch is there
+        "batch_s_median": median,
+        "tokens_per_s": B * cfg.block_size / median,
+        "ratio_to_needed": B * cfg.block_size / median / NEEDED,
+        "needed_tokens_per_s": NEEDED,
+    }
+
+
+# ---------------------------------------------------------------- tokenizing
+
+
+@dataclass(frozen=True)
+class TokenizeOptions:
+    input: tuple[str, ...] = ()  # files, folders or globs as for fineweb.py; none: python-docs
+    processes: int = 0  # cores that tokenize; 0 = all
+    rounds: int = 3  # times that each side does it all
+    json: str = ""  # also write the figures to this file
+
+
+def bench_tokenize(options):
+    """text files to shards on disk: gigatoken beside tiktoken in a pool of processes"""
+    names = [name for name in ("gigatoken", "tiktoken") if importlib.util.find_spec(name)]
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = options.input
+        if not inputs:  # once, as collecting them takes longer than tokenizing them
+            inputs = [f"{folder}/python_docs.jsonl"]
+            lines = (json.dumps({"text": text}) + "\n" for text in fineweb.python_docs())
+            Path(inputs[0]).write_text("".join(lines), encoding="utf-8")
+        texts = fineweb.read_files(fineweb.local_files(inputs), "text")
+        megabytes = sum(len(text.encode("utf-8", "replace")) for text in texts) / 1e6
+        args = (inputs, options.processes, folder)
+        sides = {name: functools.partial(run_fineweb, name, *args) for name in names}
+        seconds, manifests = take_turns(sides, options.rounds)
+    tokens = json.loads(manifests["tiktoken"])["tokens"]
+    return {
+        "data": " ".join(options.input) or "python-docs",
+        "processes": options.processes or os.cpu_count(),
+        "mb": megabytes,  # of UTF-8, whatever the format of the files
+        "tokens": tokens,
+        **compare(seconds, megabytes, "mb"),
+        **compare(seconds, tokens, "tokens"),
+        "same_shards": len(set(manifests.values())) == 1,
+    }
+
+
+def run_fineweb(tokenizer, inputs, processes, folder):
+    """Run the whole command, its start-up too, into a new folder in `folder` -> its manifest."""
+    with tempfile.TemporaryDirectory(dir=folder) as out_dir:
+        command = [sys.executable, fineweb.__file__, "--source=local", "--input", *inputs]
+        command += [f"--out_dir={out_dir}", f"--tokenizer={tokenizer}", f"--processes={processes}"]
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+        if done.returncode:
+            raise UserError(done.stderr.strip().removeprefix("error: "))
+        return Path(out_dir, fineweb.MANIFEST).read_bytes()
+
+
+# ---------------------------------------------------------------- HellaSwag and sampling
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    model: str = ""  # checkpoint, Hugging Face folder, gpt2, ...; "" = untrained, of this size:
+    n_layer: int = 4  # transformer blocks
+    n_head: int = 4  # attention heads
+    n_embd: int = 128  # width
+    block_size: int = 1024  # longest context, in tokens
+    device: str = "auto"  # auto | cuda | mps | cpu
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of matrix products
+    rounds: int = 3  # times that each side does it all
+    json: str = ""  # also write the figures to this file
+
+
+@dataclass(frozen=True)
+class HellaSwagOptions(ModelOptions):
+    data: str = ""  # a .jsonl file of tasks; "" = the original, fetched once (12 MB)
+    examples: int = 200  # tasks, spread evenly over the file; 0 = all
+
+
+@dataclass(frozen=True)
+class SampleOptions(ModelOptions):
+    max_new_tokens: int = 256  # tokens a sample
+    batch: int = 1  # samples at once
+
+
+def open_model(options):
+    """(Runtime, GPT on its device, the figures that describe them)."""
+    sizes = {key: getattr(options, key) for key in ("n_layer", "n_head", "n_embd", "block_size")}
+    cfg = gpt.Config(**sizes)
+    gpt.validate(cfg)
+    runtime = gpt.Runtime(options.device, options.dtype)
+    model = gpt.load_model(options.model) if options.model else gpt.initial_model(cfg)
+    untrained = f"untrained, {', '.join(f'{key} {value}' for key, value in sizes.items())}"
+    figures = {"model": options.model or untrained, **described(runtime, model)}
+    return runtime, model.to(runtime.device), figures
+
+
+def bench_hellaswag(options):
+    """HellaSwag in batches, beside one task at a time, and on how many tasks they agree"""
+    runtime, model, figures = open_model(options)
+    tasks = hellaswag.load(options.data, options.examples)
+
+    def score(tasks, **batch):
+        args = (model.logits_at, tasks, model.cfg.block_size, runtime.device)
+        return sorted(hellaswag.predictions(*args, **batch))
+
+    with gpt.evaluating(model, runtime):
+        score(tasks[:8])  # what only a first forward pass sets up is neither side's time
+        batched = functools.partial(score, tasks)
+        alone = functools.partial(score, tasks, batch_rows=4)
+        seconds, picks = take_turns({"batched": batched, "one_at_a_time": alone}, options.rounds)
+    agreeing = sum(a == b for a, b in zip(*picks.values(), strict=True))
+    # below float32 rounding may turn a near tie
+    figures |= {"tasks": len(tasks), "tasks_that_agree": agreeing}
+    return figures | compare(seconds, len(tasks), "tasks")
+
+
+@torch.inference_mode()
+def generate_uncached(model, idx, max_new_tokens, how, generator=None):
+    """As `generate`, but the whole context is read again for each token, and no row ends."""
+    for _ in range(max_new_tokens):
+        logits = model.logits(model.features(idx[:, -model.cfg.block_size :])[:, -1])
+        new = gpt.sample_token(logits[:, : gpt.VOCABULARY], idx, how, generator)
+        yield new
+        idx = torch.cat((idx, new), dim=1)
+
+
+def bench_sample(options):
+    """generate() with its cache, beside reading the whole context again for each token"""
+    runtime, model, figures = open_model(options)
+    idx = torch.zeros(options.batch, 1, dtype=torch.long, device=runtime.device)
+
+    def sample(generate, length):
+        generator = torch.Generator(runtime.device).manual_seed(1337)
+        new = generate(model, idx, length, gpt.Sampling(top_k=50), generator)
+        return torch.cat(list(new), dim=1).tolist()  # waits for the device
+
+    with gpt.evaluating(model, runtime):
+        # a trained model may end early: the same seed at the same token, so both make as many
+        length = len(sample(gpt.generate, options.max_new_tokens)[0])
+        cached = functools.partial(sample, gpt.generate, length)
+        uncached = functools.partial(sample, generate_uncached, length)
+        seconds, _ = take_turns({"cached": cached, "uncached": uncached}, options.rounds)
+    figures |= {"batch": options.batch, "new_tokens": length}
+    return figures | compare(seconds, length * options.batch, "tokens")
+
+
+# ---------------------------------------------------------------- main
+
+COMMANDS = {
+    "train": (bench_train, TrainOptions),
+    "loader": (bench_loader, TrainOptions),
+    "tokenize": (bench_tokenize, TokenizeOptions),
+    "hellaswag": (bench_hellaswag, HellaSwagOptions),
+    "sample": (bench_sample, SampleOptions),
+}
+AT_LEAST_ONE = ("steps", "tokens", "rounds", "max_new_tokens", "batch")
+
+
+def main():
+    name, *argv = sys.argv[1:] or [""]
+    if name not in COMMANDS:
+        print(__doc__)
+        for command, (bench, _) in COMMANDS.items():
+            print(f"    {command:10} {bench.__doc__}")
+        sys.exit(0 if name in ("-h", "--help") else 2)
+    bench, kind = COMMANDS[name]
+    if kind is TrainOptions:
+        options, _ = gpt.load_config(argv, kind, __doc__)
+    else:
+        options = fineweb.command_line(kind, __doc__, argv, prog=f"bench.py {name}")
+    for key, value in asdict(options).items():
+        if key in AT_LEAST_ONE and value < 1:
+            raise UserError(f"{key}={value} must be 1 or more")
+    figures = bench(options)
+    if os.environ.get("RANK", "0") == "0":
+        report({"bench": name, **figures}, options.json)
+
+
+if __name__ == "__main__":
+    fineweb.run(main)
