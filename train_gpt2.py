@@ -21,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 import tomllib
@@ -162,9 +163,8 @@ def validate(cfg):
         f"run_name={c.run_name!r} is not one folder's name; log_dir says where it goes":
             Path(c.run_name).name != c.run_name or c.run_name == "..",
     }  # fmt: skip
-    for wrong, holds in rules.items():
-        if holds:
-            raise UserError(wrong)
+    if wrong := [what for what, holds in rules.items() if holds]:
+        raise UserError(wrong[0])
 
 
 def batch_layout(cfg, world, micro_batch_size):
@@ -290,15 +290,16 @@ def find_device(name):
 
 def compile_obstacle(device):
     """Why torch.compile cannot work here, or nothing."""
-    if device.type == "mps":
-        return "torch.compile is not ready for MPS"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
-        return "it needs a GPU of compute capability 7.0 or more"
-    if device.type == "cuda" and not importlib.util.find_spec("triton"):
-        return "it needs the triton package"
-    if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
-        return "no C++ compiler was found; install gcc or clang"
-    return ""
+    cuda, compilers = device.type == "cuda", (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    obstacles = {
+        "it is not ready for MPS": device.type == "mps",
+        "needs capability 7.0": cuda and torch.cuda.get_device_capability(device) < (7, 0),
+        "the triton package is missing": cuda and not importlib.util.find_spec("triton"),
+        "no C++ compiler; install gcc or clang": not any(map(shutil.which, compilers)),
+        "no Python.h; install this Python's development package": not header.exists(),
+    }
+    return next((why for why, there in obstacles.items() if there), "")
 
 
 PEAK_FLOPS = {  # dense bf16, fp32 accumulation; the first whose words are in the GPU's name
@@ -1055,12 +1056,11 @@ def stop_on_signal():
 
 def evaluate(state, val_shards, rows, log, runtime):
     """Validation loss, HellaSwag and samples at state.step; the best loss so far writes best.pt."""
-    model, cfg, step = state.model, state.model.cfg, state.step
+    model, cfg, step = state.model, state.model.cfg, f"step {state.step:5d}"
     loss = evaluate_loss(model, val_shards, cfg, runtime, rows)
-    log.write(step, val=loss)
-    perplexity = math.exp(min(loss, 700))
-    runtime.print(f"step {step:5d} | val loss {loss:.4f} | perplexity {perplexity:.2f}")
-    if step == 0:
+    log.write(state.step, val=loss)
+    runtime.print(f"{step} | val loss {loss:.4f} | perplexity {math.exp(min(loss, 99)):.2f}")
+    if state.step == 0:
         return  # an untrained model: its loss is a check, the rest would be noise
     if loss < state.best:
         state.best = loss
@@ -1068,9 +1068,9 @@ def evaluate(state, val_shards, rows, log, runtime):
     if cfg.hellaswag_examples and (tasks := hellaswag_tasks(cfg, runtime)):
         with evaluating(model, runtime):
             scores = hellaswag.score(model.logits_at, tasks, cfg.block_size, runtime)
-        log.write(step, hella=scores["acc_norm"])
+        log.write(state.step, hella=scores["acc_norm"])
         result = "acc_norm {acc_norm:.4f} +- {acc_norm_stderr:.4f} | acc {acc:.4f}"
-        runtime.print(f"step {step:5d} | HellaSwag {result.format(**scores)}")
+        runtime.print(f"{step} | HellaSwag {result.format(**scores)}")
     if cfg.sample_prompt and runtime.rank == 0:
         with evaluating(model, runtime):
             for text in complete(model, cfg.sample_prompt, Sampling(top_k=50), 2, 48):
