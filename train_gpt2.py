@@ -1074,7 +1074,7 @@ def evaluate(state, val_shards, rows, log, runtime):
     if cfg.sample_prompt and runtime.rank == 0:
         with evaluating(model, runtime):
             for text in complete(model, cfg.sample_prompt, Sampling(top_k=50), 2, 48):
-                runtime.print(f"  > {cfg.sample_prompt}{text}".replace("\n", " "))
+                runtime.print("  >", *f"{cfg.sample_prompt}{text}".split())
 
 
 def initial_model(cfg):
@@ -1143,7 +1143,7 @@ def train(cfg, runtime):
         again = f"{python()} train_gpt2.py {folder}/config.toml --resume=True"
         runtime.print(f"stopped after step {state.step}; to continue: {again}")
     else:
-        finish(folder, runtime)
+        finish(folder, cfg, runtime)
 
 
 def introduce(model, loader, micro_steps, max_steps, runtime):
@@ -1169,7 +1169,7 @@ def python():
     return here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else "python"
 
 
-def finish(folder, runtime):
+def finish(folder, cfg, runtime):
     """Draw the run's picture, say what the run left, and three things to do with it."""
     if runtime.rank != 0:
         return
@@ -1179,11 +1179,11 @@ def finish(folder, runtime):
     best = folder / "best.pt"
     model = best if best.exists() else max(folder.glob("step_*.pt"))
     print(f"wrote {folder}/: {', '.join(sorted(p.name for p in folder.iterdir()))}")
-    print(f'next:  {python()} sample.py --model={model} --prompt="..."')
-    print(f'       {python()} plots/attention.py --model={model} --text="..."')
-    print(
-        f"       {python()} train_gpt2.py {folder}/config.toml --run_name=... --learning_rate=..."
-    )
+    text, twice = cfg.sample_prompt or "Once upon a time", f"{2 * cfg.learning_rate:g}"
+    again = f"{folder}/config.toml --run_name={cfg.run_name}-lr{twice} --learning_rate={twice}"
+    print(f'next:  {python()} sample.py --model={model} --prompt="{text}"')
+    print(f'       {python()} plots/attention.py --model={model} --text="{text}"')
+    print(f"       {python()} train_gpt2.py {again}")
 
 
 # ---------------------------------------------------------------- main

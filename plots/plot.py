@@ -138,10 +138,10 @@ def plot_losses(ax, run, color, scale):
 
 
 def smooth(values):
-    """A long stream's running mean over 1% of it, centred; a short stream as it is."""
-    if len(values) <= 2000:
+    """A long stream's running mean over 2% of it, centred; a short stream as it is."""
+    if len(values) <= 300:
         return values
-    finite, window = np.isfinite(values), np.ones(len(values) // 100)
+    finite, window = np.isfinite(values), np.ones(len(values) // 50)
     total = np.convolve(np.where(finite, values, 0), window, "same")
     with np.errstate(invalid="ignore"):  # nan where a whole window is
         return total / np.convolve(finite, window, "same")

@@ -112,7 +112,7 @@ def read_log():
 @pytest.fixture
 def train(monkeypatch, runtime, read_log):
     """Train in this process, without drawing at the end; returns (folder, what log.txt holds)."""
-    monkeypatch.setattr(train_gpt2, "finish", lambda folder, runtime: None)
+    monkeypatch.setattr(train_gpt2, "finish", lambda folder, cfg, runtime: None)
 
     def run(cfg):
         train_gpt2.train(cfg, runtime)

@@ -151,7 +151,7 @@ def test_commands_shown_at_the_end_name_files_that_are_there(
 ):
     folder, _ = train(replace(tiny_run, eval_interval=eval_interval))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # draws no picture
-    finish(folder, runtime)
+    finish(folder, tiny_run, runtime)
     told = capsys.readouterr().out
     models = re.findall(r"--model=(\S+)", told)
     assert models and all(Path(model).exists() for model in models), told
@@ -347,7 +347,7 @@ def test_checkpoint_holds_plain_values_and_raw_keys(tiny_run, train):
 def command(monkeypatch, tmp_path, tiny_run):
     """Call main() as the command does, for tiny.toml with few steps and no run_name."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_gpt2, "finish", lambda folder, runtime: None)
+    monkeypatch.setattr(train_gpt2, "finish", lambda folder, cfg, runtime: None)
     cfg = replace(tiny_run, run_name="", max_steps=2)
     Path("tiny.toml").write_text(to_toml(cfg), encoding="utf-8")
 
