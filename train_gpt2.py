@@ -201,8 +201,8 @@ class Runtime:
         self.synchronize = torch.cuda.synchronize if cuda else lambda: None
         self.peak_memory = torch.cuda.max_memory_allocated if cuda else lambda: 0  # bytes
         if self.world > 1:
-            backend = "nccl" if cuda else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(minutes=10))
+            how = {"backend": "nccl", "device_id": self.device} if cuda else {"backend": "gloo"}
+            dist.init_process_group(timeout=timedelta(minutes=10), **how)
 
     def best_dtype(self):
         """bfloat16 where the hardware multiplies in it, float16 on older CUDA, else float32."""
@@ -261,7 +261,7 @@ class Runtime:
             return model
         gpu = [self.device] if self.device.type == "cuda" else None
         ddp = nn.parallel.DistributedDataParallel
-        return ddp(model, device_ids=gpu, gradient_as_bucket_view=True)
+        return ddp(model, device_ids=gpu, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def compile(self, model):
         """torch.compile where it works, the model itself where it does not."""
