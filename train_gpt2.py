@@ -196,8 +196,8 @@ class Runtime:
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.set_device(self.device)
-            if self.dtype != torch.float32:  # float32 asked for by name stays float32
-                torch.set_float32_matmul_precision("high")
+            # float32 asked for by name stays float32, else what is left of it may be TF32
+            torch.set_float32_matmul_precision("highest" if dtype == "float32" else "high")
         self.synchronize = torch.cuda.synchronize if cuda else lambda: None
         self.peak_memory = torch.cuda.max_memory_allocated if cuda else lambda: 0  # bytes
         if self.world > 1:
@@ -268,6 +268,7 @@ class Runtime:
         if obstacle := compile_obstacle(self.device):
             self.print(f"compile_model is off: {obstacle}")
             return model
+        self.print("compiling: the first step takes longer")
         return torch.compile(model, dynamic=False)
 
     def close(self):
@@ -516,7 +517,7 @@ class GPT(nn.Module):
             sizes = {key: config[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
             tied = config.get("tie_word_embeddings", True)
             model = cls(Config(**sizes, block_size=config["n_positions"], tie_embeddings=tied))
-            model.load_state_dict(from_openai(load_file(weights_path), tied))
+            model.load_state_dict(from_openai(load_file(weights_path)))
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(f"{name} is no GPT-2 that can be read ({reason[:160]})") from None
@@ -526,7 +527,7 @@ class GPT(nn.Module):
 OPENAI = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
 
 
-def from_openai(weights, tied):
+def from_openai(weights):
     """OpenAI's tensors by our names: prefixed, linear layers transposed, without mask buffers."""
     ours = {}
     for key, w in weights.items():
@@ -534,8 +535,7 @@ def from_openai(weights, tied):
             key = f"transformer.{key.removeprefix('transformer.')}"
         if not key.endswith((".attn.bias", ".attn.masked_bias")):
             ours[key] = w.t() if w.dim() == 2 and ".h." in key else w
-    if tied:
-        ours["lm_head.weight"] = ours["transformer.wte.weight"]
+    ours.setdefault("lm_head.weight", ours["transformer.wte.weight"])  # tied
     return ours
 
 
