@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from fineweb import END_OF_TEXT, UserError, command_line, run
-from train_gpt2 import GPT, VOCABULARY, Config, load_model, read_checkpoint, to_toml
+from fineweb import END_OF_TEXT, UserError, command_line, run, to_toml
+from train_gpt2 import GPT, VOCABULARY, Config, load_model, read_checkpoint
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,11 @@ import sys
 import sysconfig
 import tempfile
 import threading
+import time
+import tomllib
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -59,12 +61,16 @@ class UserError(Exception):
 
 
 def run(main):
-    """Call a command's main; a UserError ends it with its message (rank 0's) and exit code 2."""
+    """Call a command's main; a UserError ends it with its message and exit code 2."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character that a text has
     try:
         main()
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+    except (UserError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(
+                3
+            )  # a mistake of all ranks ends rank 0, and so this one before it repeats it
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -81,6 +87,30 @@ def command_line(options, description, args=None, prog=None):
         use_underscores=True,
         console_outputs=os.environ.get("RANK", "0") == "0",
     )
+
+
+def toml_flags(path, options):
+    """The TOML file's `key = value` lines as --key=value flags."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path} cannot be read: {error}") from None
+    if nested := [key for key, value in values.items() if isinstance(value, dict | list)]:
+        raise UserError(f"config {path}: {nested[0]} is no plain value; write key = value")
+    args = [f"--{key}={value}" for key, value in values.items()]
+    try:
+        command_line(options, "", args)
+    except SystemExit:
+        raise UserError(f"that is in {path}") from None
+    return args
+
+
+def to_toml(options):
+    """A dataclass of plain values as TOML; `resume` is a command, not a setting."""
+    values = {key: value for key, value in asdict(options).items() if key != "resume"}
+    # JSON writes strings, numbers and booleans as TOML does, but for one character
+    lines = (f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in values.items())
+    return "".join(lines).replace("\x7f", "\\u007f")
 
 
 @functools.cache

@@ -206,11 +206,12 @@ class Options:
 
 def main():
     options = command_line(Options, __doc__)
-    from train_gpt2 import Runtime, load_model  # here, as train_gpt2 imports this file
+    from sample import load_text_model  # here, as train_gpt2 imports this file
+    from train_gpt2 import Runtime
 
     tasks = load(options.data, options.examples)
     runtime = Runtime(device=options.device, dtype="auto")
-    model = load_model(options.model, runtime.device)
+    model = load_text_model(options.model, runtime.device)
     begin = time.perf_counter()
     with torch.inference_mode(), runtime.autocast():
         scores = score(model.logits_at, tasks, model.cfg.block_size, runtime)

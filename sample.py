@@ -3,7 +3,7 @@
     python sample.py --model=log/gpt2_124m/best.pt --prompt="The capital of France"
     python sample.py --model=gpt2 --prompt="Once upon a time" --num_samples=4 --preset=conservative
     python sample.py --model=gpt2 --temperature=0.9 --top_k=100     # no prompt: a new document
-    python sample.py --model=gpt2 --interactive=True                # prompts typed, one a line
+    python sample.py --model=gpt2 --interactive                     # prompts typed, one a line
 
 The model continues text; it was not taught to answer. It stops where the document ends, or after
 max_new_tokens. Of a long prompt it reads the last block_size tokens.
@@ -110,11 +110,11 @@ def show(model, prompt, how, options, seed):
 
 
 def main():
-    options = command_line(Options, __doc__)
+    flags = ["--interactive=True" if flag == "--interactive" else flag for flag in sys.argv[1:]]
+    options = command_line(Options, __doc__, flags)
     how = sampling(options)
     if options.interactive and options.prompt:
         raise UserError("--interactive asks for prompts: leave --prompt out")
-    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character the model writes
     runtime = Runtime(options.device)
     model = load_text_model(options.model, runtime.device)
     prompts = iter(typed_prompt, "") if options.interactive else [options.prompt]

@@ -24,7 +24,6 @@ import sys
 import sysconfig
 import threading
 import time
-import tomllib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -41,8 +40,9 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
+import fineweb
 import hellaswag
-from fineweb import END_OF_TEXT, UserError, command_line, open_shard, replacing, run, tokenizer
+from fineweb import END_OF_TEXT, UserError, command_line, replacing, run
 
 # ---------------------------------------------------------------- configuration
 
@@ -117,27 +117,11 @@ def load_config(argv, kind=Config, about=__doc__):
     flags, from_files, name = list(argv), [], "gpt2"
     while flags and not flags[0].startswith("-"):
         path = Path(flags.pop(0))
-        from_files += toml_flags(path, kind)
+        from_files += fineweb.toml_flags(path, kind)
         name = path.stem
     cfg = command_line(kind, about, from_files + flags)
     validate(cfg)
     return cfg, name
-
-
-def toml_flags(path, kind):
-    """The TOML file's `key = value` lines as --key=value flags."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path} cannot be read: {error}") from None
-    if nested := [key for key, value in values.items() if isinstance(value, dict | list)]:
-        raise UserError(f"config {path}: {nested[0]} is no plain value; write key = value")
-    args = [f"--{key}={value}" for key, value in values.items()]
-    try:
-        command_line(kind, "", args)
-    except SystemExit:
-        raise UserError(f"that is in {path}") from None
-    return args
 
 
 def validate(cfg):
@@ -212,7 +196,7 @@ class Runtime:
                 return torch.bfloat16
             self.print(f"compute capability {major}.{minor}, no bfloat16: float16 and loss scaling")
             return torch.float16
-        native = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # public from 2.13 on
+        native = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, in 2.11 to 2.13
         if self.device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in native):
             return torch.bfloat16
         self.print(f"{self.device.type} without native bfloat16: float32")
@@ -279,12 +263,11 @@ class Runtime:
 def find_device(name):
     """auto -> this rank's GPU, else MPS, else CPU."""
     gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if name == "auto":
         name = "cuda" if gpus else "mps" if mps else "cpu"
     if not {"cuda": gpus, "mps": mps, "cpu": True}.get(name):
         raise UserError(f"device={name} is not to be had here; try --device=auto")
-    if name == "cuda" and ranks > gpus:
+    if name == "cuda" and (ranks := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > gpus:
         raise UserError(f"{ranks} ranks share {gpus} GPUs here; try --nproc_per_node={gpus}")
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
 
@@ -524,7 +507,8 @@ class GPT(nn.Module):
         return model.eval()
 
 
-OPENAI = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+OPENAI = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}  # fmt: skip
 
 
 def from_openai(weights):
@@ -636,11 +620,12 @@ def generate(model, idx, max_new_tokens, how, generator=None):
 def complete(model, prompt, how, num_samples=1, max_new_tokens=64, seed=1337):
     """`num_samples` continuations of a prompt, as text, without the prompt."""
     device = next(model.parameters()).device
-    tokens = tokenizer().encode_ordinary(prompt) or [END_OF_TEXT]
+    tokens = fineweb.tokenizer().encode_ordinary(prompt) or [END_OF_TEXT]
     idx = torch.tensor(tokens, device=device).repeat(num_samples, 1)
     generator = torch.Generator(device).manual_seed(seed)
     new = torch.cat(list(generate(model, idx, max_new_tokens, how, generator)), dim=1)
-    return [tokenizer().decode([t for t in row if t != END_OF_TEXT]) for row in new.tolist()]
+    decode = fineweb.tokenizer().decode
+    return [decode([t for t in row if t != END_OF_TEXT]) for row in new.tolist()]
 
 
 # ---------------------------------------------------------------- optimizer
@@ -678,11 +663,11 @@ class TokenShards:
         self.paths = [path for path in found if path.suffix in (".npy", ".bin")]
         if not self.paths:
             raise UserError(
-                f"no {split} shards in {data_dir}/. FineWeb-Edu (20 GB): python fineweb.py\n"
+                f"no {split} shards in {Path(data_dir)}/. FineWeb-Edu (20 GB): python fineweb.py\n"
                 "       two minutes, no download: python fineweb.py --source=python-docs && "
                 "python train_gpt2.py configs/tiny.toml"
             )
-        self.shards = [open_shard(path) for path in self.paths]
+        self.shards = [fineweb.open_shard(path) for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
 
     def __len__(self):
@@ -807,8 +792,6 @@ def evaluate_loss(model, shards, cfg, runtime, rows):
     pass, sets memory and speed alone.
     """
     n = min(cfg.eval_tokens, len(shards) - 1) // cfg.block_size
-    if not n:
-        raise UserError(f"{cfg.data_dir}/ has too few validation tokens for one block_size + 1")
     starts = range(0, n * cfg.block_size, cfg.block_size)[runtime.rank :: runtime.world]
     total = torch.zeros(1, dtype=torch.float64)
     with evaluating(model, runtime):
@@ -824,10 +807,13 @@ def hellaswag_tasks(cfg, runtime):
     wanted = cfg.hellaswag_path, cfg.hellaswag_examples
     try:
         runtime.agree(lambda: hellaswag.load(*wanted) and None)  # one rank downloads
-        return hellaswag.load(*wanted)
+        tasks = hellaswag.load(*wanted)
     except UserError as error:
         runtime.print(f"HellaSwag is skipped: {error}")
-        return []
+        tasks = []
+    # all ranks or none: the score is a sum over them
+    ready = runtime.sum(torch.tensor(float(bool(tasks)))).item()
+    return tasks if ready == runtime.world else []
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -854,10 +840,15 @@ def read_checkpoint(path):
         raise UserError(f"{path} is no checkpoint that can be read ({reason[:90]})") from None
 
 
+def checkpoints(folder):
+    """The step_*.pt of a run, oldest first, also beyond six digits."""
+    return sorted(folder.glob("step_*.pt"), key=lambda path: (len(path.name), path.name))
+
+
 def resume(folder, state, runtime):
     """Continue from the newest whole checkpoint in folder, if there is one."""
-    paths = sorted(folder.glob("step_*.pt"), reverse=True)
-    for path in paths:
+    paths = checkpoints(folder)
+    for path in reversed(paths):
         try:
             old, checkpoint = read_checkpoint(path)
         except UserError as error:
@@ -870,7 +861,8 @@ def resume(folder, state, runtime):
         # hyperparameters come from the config, the moments from the file
         groups = state.optimizer.state_dict()["param_groups"]
         state.optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
-        state.scaler.load_state_dict(checkpoint["scaler"])
+        # empty where the run so far had no float16
+        state.scaler.load_state_dict(checkpoint["scaler"] or state.scaler.state_dict())
         state.step, state.best = checkpoint["step"], checkpoint["best"]
         runtime.print(f"continuing {path}: step {state.step}")
         return
@@ -898,14 +890,6 @@ def choose_run_name(cfg, default):
     return names[max(0, free - 1) if cfg.resume else free]
 
 
-def to_toml(cfg):
-    """The config as TOML that load_config reads back; `resume` is a command, not a setting."""
-    values = {key: value for key, value in asdict(cfg).items() if key != "resume"}
-    # JSON writes strings, numbers and booleans as TOML does, but for one character
-    lines = (f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in values.items())
-    return "".join(lines).replace("\x7f", "\\u007f")
-
-
 class RunLog:
     """log/<run_name>: config.toml, and log.txt with a line `step stream value` for every number.
 
@@ -918,11 +902,17 @@ class RunLog:
         if runtime.rank != 0:
             return
         folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".*.tmp"):
+            left.unlink()  # by a kill in the middle of a checkpoint
         with replacing(folder / "config.toml") as temporary:
-            temporary.write_text(to_toml(model.cfg), encoding="utf-8")
+            temporary.write_text(fineweb.to_toml(model.cfg), encoding="utf-8")
         log = folder / "log.txt"
         torn = log.exists() and not log.read_bytes().endswith(b"\n")
-        self.file = open(log, "a", buffering=1, encoding="utf-8", newline="\n")  # noqa: SIM115
+        mode = "a" if model.cfg.resume else "x"  # of two runs that start at once, one has the name
+        try:
+            self.file = open(log, mode, buffering=1, encoding="utf-8", newline="\n")  # noqa: SIM115
+        except FileExistsError:
+            raise UserError(f"{folder}/ was taken by another run just now: start again") from None
         self.file.write("\n" if torn else "")  # a kill may have left half a line
 
     def write(self, step, **values):
@@ -949,7 +939,7 @@ class RunLog:
         more = {"optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict()}
         self.write_checkpoint(f"step_{state.step:06d}.pt", state, more)
         if self.file:
-            for old in sorted(self.folder.glob("step_*.pt"))[: -self.model.cfg.keep_checkpoints]:
+            for old in checkpoints(self.folder)[: -self.model.cfg.keep_checkpoints]:
                 old.unlink()
 
     def write_checkpoint(self, name, state, more):
@@ -975,9 +965,12 @@ def due(step, interval, last):
 
 def fit_micro_batch(model, cfg, runtime):
     """B: the most sequences, a power of two, whose forward and backward pass fits on every rank."""
-    share = 64 if cfg.grad_accum_steps else cfg.total_batch_size // cfg.block_size // runtime.world
+    cpu, step = runtime.device.type == "cpu", cfg.block_size * runtime.world
+    if not cfg.grad_accum_steps and cfg.total_batch_size % step:
+        batch_layout(cfg, runtime.world, 4 if cpu else 16)  # a UserError: it cannot be divided
+    share = 64 if cfg.grad_accum_steps else cfg.total_batch_size // step
     B = max(1, min(64, share & -share))  # has to divide a rank's share of the optimizer step
-    if runtime.device.type == "cpu":
+    if cpu:
         return min(B, 4)  # short of memory, Linux kills the process: nothing could be caught
 
     def fits():
@@ -1000,7 +993,7 @@ def fit_micro_batch(model, cfg, runtime):
     model.zero_grad(set_to_none=True)
     del moments
     runtime.forget_memory()
-    runtime.print(f"micro_batch_size={B} is the most that fits; tokens per step are unchanged")
+    runtime.print(f"micro_batch_size={B}: it fits, divides a step, and is at most 64")
     return B
 
 
@@ -1107,6 +1100,11 @@ def train(cfg, runtime):
     shards, val_shards = (TokenShards(cfg.data_dir, split) for split in ("train", "val"))
     state, fast, loader, micro_steps = set_up(cfg, runtime, shards)
     model, cfg, B = state.model, state.model.cfg, loader.B
+    if min(cfg.eval_tokens, len(val_shards) - 1) < cfg.block_size:
+        given = f"eval_tokens={cfg.eval_tokens} of {len(val_shards)} in {cfg.data_dir}/"
+        raise UserError(f"{given}: fewer than one block_size={cfg.block_size} + 1")
+    for split in (shards, val_shards):  # another tokenizer's ids show before anything is written
+        split.windows(np.linspace(0, len(split) - loader.T - 1, 64, dtype=int), cfg)
     folder = Path(cfg.log_dir) / cfg.run_name
     start, max_steps = state.step, cfg.max_steps or loader.steps_per_epoch()
     log = RunLog(folder, model, runtime, loader.G * loader.T, max_steps)
@@ -1117,12 +1115,12 @@ def train(cfg, runtime):
         clock = time.perf_counter()
         for step in range(start, max_steps + 1):
             last, paused = step == max_steps, time.perf_counter()
-            if due(step, cfg.eval_interval, last) and (last or not stop):
-                evaluate(state, val_shards, max(1, B // 2), log, runtime)
             # while steps are skipped, the newest checkpoint stays one from before them
             regular = due(step, cfg.checkpoint_interval, last) and not skipped
             if step > start and (regular or last or stop):
                 log.save(state)
+            if due(step, cfg.eval_interval, last) and (last or not stop):
+                evaluate(state, val_shards, max(1, B // 2), log, runtime)
             if last or stop:
                 break
             clock += time.perf_counter() - paused  # evaluating and saving is not training
@@ -1131,6 +1129,8 @@ def train(cfg, runtime):
             clock, dt = time.perf_counter(), time.perf_counter() - clock
             log.step(step, loss, lr, norm, dt)
             skipped = 0 if math.isfinite(loss + norm) else skipped + 1
+            if skipped:
+                runtime.print(f"step {step:5d} | not finite: update skipped, {skipped} in a row")
             if skipped == MAX_SKIPPED:
                 state.step -= MAX_SKIPPED  # the weights have not moved since
                 log.save(state)
@@ -1177,7 +1177,7 @@ def finish(folder, cfg, runtime):
         plot = [sys.executable, Path(__file__).parent / "plots" / "plot.py", folder]
         subprocess.run([*plot, f"--out={folder / 'loss.png'}"], stdout=subprocess.DEVNULL)
     best = folder / "best.pt"
-    model = best if best.exists() else max(folder.glob("step_*.pt"))
+    model = best if best.exists() else checkpoints(folder)[-1]
     print(f"wrote {folder}/: {', '.join(sorted(p.name for p in folder.iterdir()))}")
     text, twice = cfg.sample_prompt or "Once upon a time", f"{2 * cfg.learning_rate:g}"
     again = f"{folder}/config.toml --run_name={cfg.run_name}-lr{twice} --learning_rate={twice}"

@@ -8,9 +8,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from train_gpt2 import to_toml
+from fineweb import to_toml
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -76,3 +77,18 @@ def test_stopped_torchrun_saves_one_checkpoint(tiny_run, tmp_path, number, every
     step = int(re.search(r"stopped after step (\d+); to continue", told)[1])
     saved = [path.name for path in (Path(cfg.log_dir) / "run").glob("*.pt")]
     assert saved == [f"step_{step:06d}.pt"]
+
+
+def test_mistake_that_one_rank_meets_is_told(tiny_run, run_cli, tmp_path):
+    """Only rank 1 reads the window with the impossible id, in the middle of the run."""
+    tokens = np.load(Path(tiny_run.data_dir) / "edufineweb_train_000001.npy")
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    np.save(folder / "edufineweb_val_000000.npy", tokens)
+    bad = np.tile(tokens, 3)
+    bad[16 * 6 + 3] = 60_000  # window 6: sequences 4 to 7 of a step of 8 are rank 1's
+    np.save(folder / "edufineweb_train_000001.npy", bad)
+    keys = dict(data_dir=str(folder), shuffle=False, total_batch_size=128, run_name="")
+    (tmp_path / "odd.toml").write_text(to_toml(replace(tiny_run, **keys)), encoding="utf-8")
+    done = run_cli("train_gpt2.py", "odd.toml", launcher=TORCHRUN)
+    assert done.returncode != 0 and "error: " in done.stderr and "token id 60000" in done.stderr

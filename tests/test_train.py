@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import train_gpt2
-from fineweb import UserError
+from fineweb import UserError, to_toml
 from train_gpt2 import (
     ARCHITECTURE,
     GPT,
@@ -29,7 +29,6 @@ from train_gpt2 import (
     load_config,
     load_model,
     lr_at,
-    to_toml,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -636,7 +635,7 @@ def test_sigkill_at_any_time_loses_nothing_but_time(run_cli, tiny_toml, tiny_run
         process.communicate()
     assert run_cli("train_gpt2.py", tiny_toml, *args).returncode == 0
     log = tiny_toml.parent / "log"
-    assert not list((log / "run").glob(".*.tmp")) or (log / "run" / "step_000060.pt").exists()
+    assert not list((log / "run").glob(".*.tmp"))
     for key in ("model", "optimizer"):
         torch.testing.assert_close(
             load(log / "run" / "step_000060.pt")[key],
@@ -658,3 +657,51 @@ def test_compiled_training_equals_eager_training(tiny_run, train, toggles):
 
 def test_architecture_names_fields_of_the_config():
     assert set(ARCHITECTURE) < set(asdict(Config()))
+
+
+def test_two_runs_that_start_at_once_do_not_share_a_folder(tiny_run, train, runtime):
+    folder, log = train(tiny_run)  # the other, which took the name after both had looked
+    with pytest.raises(UserError, match=r"run/ was taken by another run"):
+        train_gpt2.train(tiny_run, runtime)
+    assert list(log["train"]) == list(range(8)) and len(list(folder.glob("step_*.pt"))) == 1
+
+
+def test_newest_checkpoint_is_the_newest_beyond_six_digits(tmp_path):
+    names = ["step_998000.pt", "step_999000.pt", "step_1000000.pt"]
+    for name in reversed(names):
+        (tmp_path / name).touch()
+    assert [path.name for path in train_gpt2.checkpoints(tmp_path)] == names
+
+
+def test_run_without_float16_resumes_with_it(tiny_run, train):
+    folder, _ = train(replace(tiny_run, max_steps=4, warmup_steps=99))
+    state = train_gpt2.TrainState(
+        GPT(tiny_run), None, torch.amp.GradScaler("cpu", enabled=True), best=0.0
+    )
+    state.optimizer = train_gpt2.make_optimizer(state.model, tiny_run)
+    train_gpt2.resume(folder, state, Runtime("cpu", "float32"))
+    assert state.step == 4 and state.scaler.get_scale() == 65536
+
+
+def test_hellaswag_is_skipped_on_all_ranks_if_one_has_no_tasks(tiny_run, runtime):
+    own = ROOT / "tests" / "data" / "hellaswag_own.jsonl"
+    cfg = replace(tiny_run, hellaswag_examples=4, hellaswag_path=str(own))
+    assert len(train_gpt2.hellaswag_tasks(cfg, runtime)) == 4
+    alone = Runtime("cpu", "float32")
+    alone.world, alone.sum = 2, lambda ready: ready  # the other rank has none
+    alone.agree = lambda decide: decide()
+    assert train_gpt2.hellaswag_tasks(cfg, alone) == []
+
+
+@pytest.mark.parametrize("world, near", [(3, 540672), (6, 491520), (7, 573440)])
+def test_gpus_that_cannot_share_a_step_are_told_a_step_they_can(runtime, world, near):
+    runtime.device, runtime.world = torch.device("meta"), world
+    with pytest.raises(UserError, match=f"=16\\*1024\\*{world}=.*try {near}"):
+        fit_micro_batch(None, Config(), runtime)
+
+
+def test_impossible_eval_tokens_and_foreign_ids_leave_no_folder(tiny_run, train):
+    for wrong in (dict(eval_tokens=5), dict(vocab_size=300)):
+        with pytest.raises(UserError):
+            train(replace(tiny_run, **wrong))
+    assert not (Path(tiny_run.log_dir) / "run").exists()
