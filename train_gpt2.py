@@ -788,15 +788,17 @@ def evaluating(model, runtime):
 def evaluate_loss(model, shards, cfg, runtime, rows):
     """Mean loss (nats a token) over the first eval_tokens of the validation split, on all ranks.
 
-    The windows are the same whatever the batch and the world: `rows`, the windows of one forward
-    pass, sets memory and speed alone.
+    The same windows whatever the batch and the world; `rows`, windows a pass, sets memory alone.
     """
+    from tqdm import tqdm
+
     n = min(cfg.eval_tokens, len(shards) - 1) // cfg.block_size
     starts = range(0, n * cfg.block_size, cfg.block_size)[runtime.rank :: runtime.world]
+    parts = [starts[i : i + rows] for i in range(0, len(starts), rows)]
     total = torch.zeros(1, dtype=torch.float64)
     with evaluating(model, runtime):
-        for i in range(0, len(starts), rows):
-            tokens = shards.windows(starts[i : i + rows], cfg).to(runtime.device)
+        for part in tqdm(parts, "validation", delay=5, leave=False, disable=runtime.rank > 0):
+            tokens = shards.windows(part, cfg).to(runtime.device)
             total += model(tokens[:, :-1], tokens[:, 1:]).item() * len(tokens)
     return runtime.sum(total).item() / n
 
@@ -882,7 +884,7 @@ def choose_run_name(cfg, default):
 
     if cfg.run_name:
         if taken(cfg.run_name) and not cfg.resume:
-            there = Path(cfg.log_dir) / cfg.run_name
+            there = f"{cfg.log_dir}/{cfg.run_name}"
             raise UserError(f"{there}/ holds a run: add --resume=True, or take another --run_name")
         return cfg.run_name
     names = [default, *(f"{default}-{i}" for i in range(2, 10_000))]
@@ -1100,9 +1102,8 @@ def train(cfg, runtime):
     shards, val_shards = (TokenShards(cfg.data_dir, split) for split in ("train", "val"))
     state, fast, loader, micro_steps = set_up(cfg, runtime, shards)
     model, cfg, B = state.model, state.model.cfg, loader.B
-    if min(cfg.eval_tokens, len(val_shards) - 1) < cfg.block_size:
-        given = f"eval_tokens={cfg.eval_tokens} of {len(val_shards)} in {cfg.data_dir}/"
-        raise UserError(f"{given}: fewer than one block_size={cfg.block_size} + 1")
+    if (n := min(cfg.eval_tokens, len(val_shards) - 1)) < loader.T:
+        raise UserError(f"{n} validation tokens are less than one block_size: see eval_tokens")
     for split in (shards, val_shards):  # another tokenizer's ids show before anything is written
         split.windows(np.linspace(0, len(split) - loader.T - 1, 64, dtype=int), cfg)
     folder = Path(cfg.log_dir) / cfg.run_name
@@ -1149,8 +1150,7 @@ def train(cfg, runtime):
 def introduce(model, loader, micro_steps, max_steps, runtime):
     """Say on what, with what and how long the run trains."""
     cfg, world, tokens = model.cfg, runtime.world, loader.G * loader.T
-    device = runtime.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device
+    name = torch.cuda.get_device_name() if runtime.device.type == "cuda" else runtime.device
     parameters = sum(p.numel() for p in model.parameters())
     runtime.print(
         f"run    {Path(cfg.log_dir) / cfg.run_name}/ on {name}, {runtime.dtype}, ranks: {world}\n"
