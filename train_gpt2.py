@@ -900,7 +900,7 @@ class RunLog:
 
     def __init__(self, folder, model, runtime, tokens, max_steps):
         self.folder, self.model, self.runtime, self.file = folder, model, runtime, None
-        self.tokens, self.max_steps = tokens, max_steps  # tokens an optimizer step
+        self.tokens, self.max_steps, self.warm = tokens, max_steps, False  # tokens a step
         if runtime.rank != 0:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -922,8 +922,8 @@ class RunLog:
             self.file.write("".join(f"{step} {key} {value!r}\n" for key, value in values.items()))
 
     def step(self, step, loss, lr, norm, dt):
-        """Every step to log.txt, every log_interval-th to the console as well."""
-        tps, runtime = self.tokens / dt, self.runtime
+        """Each step to log.txt, some to the console; the first compiles and tells no ETA."""
+        tps, runtime, warm, self.warm = self.tokens / dt, self.runtime, self.warm, True
         self.write(step, train=loss, lr=lr, norm=norm, tps=tps)
         left = self.max_steps - step - 1
         if not due(step, self.model.cfg.log_interval, last=left == 0):
@@ -934,7 +934,7 @@ class RunLog:
             line += f" | mfu {self.model.flops_per_token() * tps / runtime.world / peak:.1%}"
         if memory := runtime.peak_memory():
             line += f" | {memory / 2**30:.1f} GiB"
-        runtime.print(f"{line} | eta {timedelta(seconds=round(left * dt))}")
+        runtime.print(f"{line} | eta {timedelta(seconds=round(left * dt)) if warm else '...'}")
 
     def save(self, state):
         """Write step_{step}.pt, all that resuming needs; keep the newest keep_checkpoints."""
@@ -958,7 +958,7 @@ class RunLog:
 
 
 def due(step, interval, last):
-    """Every `interval` steps and at the end; interval 0 is off."""
+    """Every `interval` steps and at the end; 0 is off."""
     return interval > 0 and (last or step % interval == 0)
 
 
