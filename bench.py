@@ -83,10 +83,7 @@ def report(figures, path):
             value = f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
         print(f"{key:26} {'unknown' if value is None else value}")
     if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with fineweb.replacing(path) as temporary:
-            temporary.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        print(f"wrote {path}")
+        fineweb.write_json(path, figures)
 
 
 # ---------------------------------------------------------------- training and its data

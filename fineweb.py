@@ -67,9 +67,8 @@ def run(main):
         main()
     except (UserError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(
-                3
-            )  # a mistake of all ranks ends rank 0, and so this one before it repeats it
+            # a mistake of all ranks ends rank 0, and with it this one before it repeats it
+            time.sleep(3)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -133,6 +132,14 @@ def replacing(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    """Write a command's figures, and say where."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
 
 
 # ---------------------------------------------------------------- reading shards, for every command

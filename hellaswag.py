@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from fineweb import UserError, command_line, replacing, run, tokenizer
+from fineweb import UserError, command_line, replacing, run, tokenizer, write_json
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SIZE = 12_246_618
@@ -39,14 +39,20 @@ class Task(NamedTuple):
     label: int  # which row is right
 
 
+def find(path=""):
+    """The file of tasks: `path`, or else the original, which is fetched if it is not here yet."""
+    path = Path(path) if path else CACHE
+    if path == CACHE and not path.exists():
+        download()
+    return path
+
+
 def load(path="", examples=0):
     """Read tasks from a .jsonl file (default: the original, fetched once) as a list of Task.
 
     `examples` > 0 takes that many. Tokenized here, as a training run scores the same tasks often.
     """
-    path = Path(path) if path else CACHE
-    if path == CACHE and not path.exists():
-        download()
+    path = find(path)
     try:
         lines = [line for line in enumerate(path.read_bytes().split(b"\n"), 1) if line[1].strip()]
     except OSError as error:
@@ -222,11 +228,7 @@ def main():
     print("GPT-2 (124M) has acc_norm 0.2955 over all 10,042 tasks (build-nanogpt)")
     if options.json:
         scores = {"model": options.model, "data": options.data or CACHE.name} | scores
-        path = Path(options.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-        print(f"wrote {path}")
+        write_json(options.json, scores)
 
 
 if __name__ == "__main__":

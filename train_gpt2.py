@@ -806,10 +806,9 @@ def evaluate_loss(model, shards, cfg, runtime, rows):
 @functools.cache
 def hellaswag_tasks(cfg, runtime):
     """The tasks, or none with one warning: a file that cannot be had must not stop a run."""
-    wanted = cfg.hellaswag_path, cfg.hellaswag_examples
     try:
-        runtime.agree(lambda: hellaswag.load(*wanted) and None)  # one rank downloads
-        tasks = hellaswag.load(*wanted)
+        path = runtime.agree(lambda: hellaswag.find(cfg.hellaswag_path))  # one rank downloads
+        tasks = hellaswag.load(path, cfg.hellaswag_examples)
     except UserError as error:
         runtime.print(f"HellaSwag is skipped: {error}")
         tasks = []
@@ -904,10 +903,6 @@ class RunLog:
         if runtime.rank != 0:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".*.tmp"):
-            left.unlink()  # by a kill in the middle of a checkpoint
-        with replacing(folder / "config.toml") as temporary:
-            temporary.write_text(fineweb.to_toml(model.cfg), encoding="utf-8")
         log = folder / "log.txt"
         torn = log.exists() and not log.read_bytes().endswith(b"\n")
         mode = "a" if model.cfg.resume else "x"  # of two runs that start at once, one has the name
@@ -916,6 +911,10 @@ class RunLog:
         except FileExistsError:
             raise UserError(f"{folder}/ was taken by another run just now: start again") from None
         self.file.write("\n" if torn else "")  # a kill may have left half a line
+        for left in folder.glob(".*.tmp"):
+            left.unlink()  # by a kill in the middle of a checkpoint
+        with replacing(folder / "config.toml") as temporary:
+            temporary.write_text(fineweb.to_toml(model.cfg), encoding="utf-8")
 
     def write(self, step, **values):
         if self.file:
@@ -1121,7 +1120,7 @@ def train(cfg, runtime):
             if step > start and (regular or last or stop):
                 log.save(state)
             if due(step, cfg.eval_interval, last) and (last or not stop):
-                evaluate(state, val_shards, max(1, B // 2), log, runtime)
+                evaluate(state, val_shards, max(1, B // 2), log, runtime)  # eager takes more
             if last or stop:
                 break
             clock += time.perf_counter() - paused  # evaluating and saving is not training

@@ -661,8 +661,11 @@ def test_architecture_names_fields_of_the_config():
 
 def test_two_runs_that_start_at_once_do_not_share_a_folder(tiny_run, train, runtime):
     folder, log = train(tiny_run)  # the other, which took the name after both had looked
+    (folder / ".step_000009.pt.1.tmp").touch()  # which it is writing just now
     with pytest.raises(UserError, match=r"run/ was taken by another run"):
-        train_gpt2.train(tiny_run, runtime)
+        train_gpt2.train(replace(tiny_run, seed=2), runtime)
+    assert "seed = 1337" in (folder / "config.toml").read_text(encoding="utf-8")
+    assert (folder / ".step_000009.pt.1.tmp").exists()
     assert list(log["train"]) == list(range(8)) and len(list(folder.glob("step_*.pt"))) == 1
 
 
