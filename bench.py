@@ -10,6 +10,7 @@ What is compared takes turns in one run, and a ratio is the median over the turn
 machine does slows both sides. Above 1, the side named first is the faster.
 """
 
+import collections
 import contextlib
 import functools
 import importlib.metadata
@@ -195,12 +196,13 @@ def bench_loader(options):
 class TokenizeOptions:
     input: tuple[str, ...] = ()  # files, folders or globs as for fineweb.py; none: python-docs
     processes: int = 0  # cores that tokenize; 0 = all
+    shard_tokens: int = 10_000_000  # tokens a shard: many, as in a long run, of a short input
     rounds: int = 3  # times that each side does it all
     json: str = ""  # also write the figures to this file
 
 
 def bench_tokenize(options):
-    """text files to shards on disk: gigatoken beside tiktoken in a pool of processes"""
+    """files to shards on disk: gigatoken beside a pool of tiktoken, and beside its parts alone"""
     names = [name for name in ("gigatoken", "tiktoken") if importlib.util.find_spec(name)]
     with tempfile.TemporaryDirectory() as folder:
         inputs = options.input
@@ -208,32 +210,71 @@ def bench_tokenize(options):
             inputs = [f"{folder}/python_docs.jsonl"]
             lines = (json.dumps({"text": text}) + "\n" for text in fineweb.python_docs())
             Path(inputs[0]).write_text("".join(lines), encoding="utf-8")
-        texts = fineweb.read_files(fineweb.local_files(inputs), "text")
-        megabytes = sum(len(text.encode("utf-8", "replace")) for text in texts) / 1e6
-        args = (inputs, options.processes, folder)
-        sides = {name: functools.partial(run_fineweb, name, *args) for name in names}
+        Path(folder, "little.txt").write_text("a little text " * 20_000, encoding="utf-8")
+        run = functools.partial(run_fineweb, options, folder)
+        sides = {name: functools.partial(run, name, inputs) for name in names}
+        sides["start_up"] = functools.partial(run, names[0], [f"{folder}/little.txt"])
         seconds, manifests = take_turns(sides, options.rounds)
+        parts, megabytes = time_parts(inputs)
+    start_up = float(np.median(seconds.pop("start_up")))
+    same = len({manifests[name] for name in names}) == 1
     tokens = json.loads(manifests["tiktoken"])["tokens"]
+    figures = compare(seconds, megabytes, "mb") | compare(seconds, tokens, "tokens")
+    first = np.median(seconds[names[0]])
     return {
         "data": " ".join(options.input) or "python-docs",
         "processes": options.processes or os.cpu_count(),
         "mb": megabytes,  # of UTF-8, whatever the format of the files
         "tokens": tokens,
-        **compare(seconds, megabytes, "mb"),
-        **compare(seconds, tokens, "tokens"),
-        "same_shards": len(set(manifests.values())) == 1,
+        **figures,
+        "same_shards": same,
+        "start_up_s": start_up,  # of a whole command, in the rates above
+        **{f"{part}_alone_mb_per_s": megabytes / spent for part, spent in parts.items()},
+        "ratio_to_slowest_part": float(max(parts.values()) / (first - start_up)),
     }
 
 
-def run_fineweb(tokenizer, inputs, processes, folder):
+def run_fineweb(options, folder, tokenizer, inputs):
     """Run the whole command, its start-up too, into a new folder in `folder` -> its manifest."""
     with tempfile.TemporaryDirectory(dir=folder) as out_dir:
         command = [sys.executable, fineweb.__file__, "--source=local", "--input", *inputs]
-        command += [f"--out_dir={out_dir}", f"--tokenizer={tokenizer}", f"--processes={processes}"]
+        command += [f"--out_dir={out_dir}", f"--tokenizer={tokenizer}"]
+        command += [f"--{key}={getattr(options, key)}" for key in ("processes", "shard_tokens")]
         done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
         if done.returncode:
             raise UserError(done.stderr.strip().removeprefix("error: "))
         return Path(out_dir, fineweb.MANIFEST).read_bytes()
+
+
+def time_parts(inputs):
+    """({part of the work: its seconds while nothing else runs}, megabytes of text)."""
+    import pyarrow.compute
+
+    source = fineweb.open_source(fineweb.Options(source="local", input=tuple(inputs)), None)
+    blocks = fineweb.read_blocks(source, range(len(source.sizes)), place=[0, 0, 0])
+    seconds, megabytes = collections.Counter(), 0
+
+    def timed(part, function, *args):
+        begin = time.perf_counter()
+        result = function(*args)
+        seconds[part] += time.perf_counter() - begin
+        return result
+
+    def gigatoken(texts):  # its own call, on all cores
+        import awkward
+
+        return fineweb.fast_tokenizer().gigatoken.encode_batch(awkward.from_arrow(texts))
+
+    def tiktoken(texts):
+        return fineweb.encode(texts.to_pylist())
+
+    encode = gigatoken if importlib.util.find_spec("gigatoken") else tiktoken
+    encode(fineweb.large_strings(["what a first call sets up"]))
+    while block := timed("reading", next, blocks, None):
+        texts = timed("parsing", block.load)
+        timed(encode.__name__, encode, texts)
+        megabytes += pyarrow.compute.sum(pyarrow.compute.binary_length(texts)).as_py() / 1e6
+    return seconds, megabytes
 
 
 # ---------------------------------------------------------------- HellaSwag and sampling

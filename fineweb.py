@@ -4,17 +4,22 @@
     python fineweb.py --source=pretokenized --max_shards=2     # some of it, tokenized by others
     python fineweb.py --source=local --input my_texts/  # your own .txt, .md, .jsonl, .parquet
     python fineweb.py --source=python-docs              # 0.7M tokens, no download: for a try
+    torchrun --nproc_per_node=8 fineweb.py              # each process takes its part of the files
+    python fineweb.py --verify edu_fineweb10B           # is every byte as it was made?
 
 A shard is a flat array of uint16 GPT-2 tokens in which every document starts with <|endoftext|>.
-Shard 0 is the validation split. manifest.json beside the shards says what they hold.
+Shard 0 is the validation split. manifest.json beside the shards says what they hold. However a run
+was stopped, started again it goes on from the last shard and ends with the same bytes.
 
-documents (str) -> batches (list of str) -> tokens (uint16) -> shards -> manifest.json
+files -> blocks of texts (Arrow strings) -> tokens (uint16) -> shards -> manifest.json
 """
 
 import ast
 import base64
 import collections
 import contextlib
+import datetime
+import errno
 import functools
 import glob
 import hashlib
@@ -22,6 +27,7 @@ import importlib.util
 import io
 import itertools
 import json
+import mmap
 import multiprocessing
 import os
 import platform
@@ -35,11 +41,12 @@ import tempfile
 import threading
 import time
 import tomllib
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import tiktoken
@@ -70,6 +77,11 @@ def run(main):
             # a mistake of all ranks ends rank 0, and with it this one before it repeats it
             time.sleep(3)
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"error: {error}: free some space and run the same command again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -145,16 +157,27 @@ def write_json(path, content):
 # ---------------------------------------------------------------- reading shards, for every command
 
 
-def open_shard(path):
+def shard_paths(folder, split):
+    """The shards of "train" or "val" in a folder, in order; a UserError while it is being made."""
+    check_finished(Path(folder))
+    paths = sorted(Path(folder).glob(f"*_{split}_*"))
+    return [path for path in paths if path.suffix in (".npy", ".bin")]
+
+
+def open_shard(path, scattered=False):
     """Memory-map one shard, .npy (build-nanogpt's) or .bin (llm.c's): a flat uint16 array.
 
     UserError, with what was expected and found, for a file that is missing, cut short or foreign.
+    `scattered`: it will be read here and there, so the system had better not read ahead.
     """
     path = Path(path)
     try:
-        return _open_bin(path) if path.suffix == ".bin" else _open_npy(path)
+        tokens = _open_bin(path) if path.suffix == ".bin" else _open_npy(path)
     except OSError as error:
         raise UserError(f"cannot read the shard {path}: {error.strerror or error}") from None
+    if scattered and hasattr(mmap, "MADV_RANDOM"):  # not on Windows
+        tokens._mmap.madvise(mmap.MADV_RANDOM)
+    return tokens
 
 
 def _open_npy(path):
@@ -201,18 +224,19 @@ class Options:
     max_shards: int = 0  # training shards to make, beside the validation shard; 0 = all
     processes: int = 0  # cores that tokenize; 0 = all
     tokenizer: Literal["auto", "gigatoken", "tiktoken"] = "auto"  # same tokens; auto = the faster
+    verify: str = ""  # a folder of shards to check against its manifest, and nothing else
 
 
 HUB = ("dataset", "revision")
-CUT = ("shard_tokens", "val_tokens", "max_shards")
-TEXT = ("text_column", *CUT)
+SIZES = ("shard_tokens", "val_tokens")
+TEXT = ("text_column", *SIZES)
 SOURCES = {  # default out_dir, default dataset, the options that decide what the shards hold
     "fineweb-edu": ("edu_fineweb10B", "HuggingFaceFW/fineweb-edu", (*HUB, "subset", *TEXT)),
-    "pretokenized": ("edu_fineweb10B", "kjj0/finewebedu10B-gpt2", (*HUB, "max_shards")),
+    "pretokenized": ("edu_fineweb10B", "kjj0/finewebedu10B-gpt2", HUB),
     "local": ("local_text", "", ("input", *TEXT)),
-    "python-docs": ("python_docs", "", CUT),
+    "python-docs": ("python_docs", "", SIZES),
 }
-ANY_SOURCE = ("source", "out_dir", "processes", "tokenizer")
+ANY_SOURCE = ("source", "out_dir", "max_shards", "processes", "tokenizer")
 
 
 def resolve(options):
@@ -231,32 +255,126 @@ def resolve(options):
     if options.tokenizer == "gigatoken" and not gigatoken:
         raise UserError("gigatoken is missing: pip install gigatoken, or --tokenizer=tiktoken")
     val_tokens = options.shard_tokens if source == "fineweb-edu" else 32_768
+    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) or 1
     return replace(
         options,
         dataset=options.dataset or dataset,
         out_dir=options.out_dir or out_dir,
         val_tokens=options.val_tokens or val_tokens,
-        processes=min(options.processes or os.cpu_count(), 61),  # Windows waits for no more
+        processes=min(options.processes or cores, 61),  # Windows waits for no more
         tokenizer="gigatoken" if gigatoken and options.tokenizer != "tiktoken" else "tiktoken",
     )
 
 
-# ---------------------------------------------------------------- documents
+class Ranks:
+    """The processes that torchrun started for one job; alone, a group of one."""
+
+    def __init__(self):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.key = str(self.rank)  # in a manifest
+        self.numbers = 1_000_000 // self.world  # of shards, for each rank; 0 is validation
+        self.first_shard = self.rank * self.numbers
+        if self.world > 1:
+            import torch.distributed
+
+            patience = datetime.timedelta(days=30)  # for the slowest rank
+            torch.distributed.init_process_group("gloo", timeout=patience)
+
+    def gather(self, value=None):
+        """Every rank's value, in the order of ranks, when all have come here."""
+        if self.world == 1:
+            return [value]
+        import torch.distributed
+
+        values = [None] * self.world
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def close(self):
+        if self.world > 1:
+            import torch.distributed
+
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+
+    def print(self, *args, **kwargs):
+        if self.rank == 0:
+            print(*args, **kwargs, flush=True)
+
+    def files(self, sizes):
+        """The numbers of this rank's files: a run of them, about its part of all the bytes."""
+        total, before, own = sum(sizes), 0, []
+        for i, size in enumerate(sizes):
+            if before * self.world // total == self.rank:
+                own.append(i)
+            before += size
+        return own
+
+    def shard_sizes(self, options):
+        """The most tokens of each shard that this rank is to make."""
+        count = self.numbers - (self.rank == 0)
+        if options.max_shards:
+            count = (options.max_shards + self.world - 1 - self.rank) // self.world
+        return [options.val_tokens] * (self.rank == 0) + [options.shard_tokens] * count
+
+    def owns(self, shard):
+        return shard_number(shard["file"]) // self.numbers == self.rank
+
+    def partial(self, out_dir):
+        return Path(out_dir, PARTIAL.format(self.rank))
 
 
-def open_source(options):
-    """A source of text: (the revision of it that is read, an iterator of its documents)."""
+# ---------------------------------------------------------------- sources of text
+
+
+class Block(NamedTuple):
+    """Some texts of one file, not yet parsed: that is done by whoever tokenizes them."""
+
+    load: Callable  # () -> pyarrow array of large_string
+    start: int  # what the file holds before them: lines, rows, documents, bytes of a .txt
+    share: float  # of the file that is read by their end, 0 to 1
+    whole: bool = True  # each is a document; else they are stretches of the one in the file
+    file: int = 0  # its number in the source
+
+
+class Source(NamedTuple):
+    revision: str
+    sizes: list  # of its files, in bytes
+    read: Callable  # (number of a file, `start` of a Block) -> its Blocks from there on
+
+
+def open_source(options, revision):
+    """The Source of text that the options name; `revision` is the one to go on with, if any."""
+    column = options.text_column
     if options.source == "python-docs":
-        return platform.python_version(), python_docs()
+        return Source(platform.python_version(), [1], lambda _, skip: read_documents(skip))
     if options.source == "local":
-        return "", read_files(local_files(options.input), options.text_column)
+        paths = local_files(options.input)
+        sizes = [max(1, path.stat().st_size) for path in paths]
+        return Source("", sizes, lambda i, skip: read_file(paths[i], column, skip))
     folder = f"{options.subset.strip('/')}/" if options.subset else ""
-    commit, names = list_dataset(options)
-    names = [name for name in names if name.startswith(folder) and name.endswith(".parquet")]
-    if not names:
+    commit, files = list_dataset(options, revision)
+    files = [file for file in files if file.rfilename.startswith(folder)]
+    files = [file for file in files if file.rfilename.endswith(".parquet")]
+    if not files:
         raise UserError(f"no .parquet file in {options.dataset}/{folder}: see --dataset, --subset")
-    paths = (download(options, name, commit) for name in names)
-    return commit, read_files(paths, options.text_column)
+    if not options.max_shards:
+        check_downloads(options.dataset, commit, files)
+
+    def read(i, skip):
+        return read_file(download(options, files[i].rfilename, commit), column, skip)
+
+    return Source(commit, [file.size or 1 for file in files], read)
+
+
+def read_documents(skip):
+    """python-docs in Blocks."""
+    documents = list(python_docs())
+    for start in range(skip, len(documents), 100):
+        texts = documents[start : start + 100]
+        share = (start + len(texts)) / len(documents)
+        yield Block(functools.partial(large_strings, texts), start, share)
 
 
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
@@ -321,6 +439,24 @@ def local_files(inputs):
     return list(found)
 
 
+def fingerprint(paths):
+    """What tells this input from another, wherever it lies: the files' names, sizes and ends."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(65_536))
+            file.seek(max(0, size - 65_536))
+            digest.update(file.read())
+    return f"{len(paths)} files; sha256 of their names, sizes and ends: {digest.hexdigest()[:16]}"
+
+
+# ---------------------------------------------------------------- files to blocks of texts
+
+BLOCK_BYTES = 1 << 23  # of text: large enough to hide what a Block costs, small beside any memory
+
+
 def file_kind(path):
     """The key of READERS that a file's name ends in, before .gz or .zst if any; "" for none."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
@@ -329,128 +465,236 @@ def file_kind(path):
     return suffixes[-1] if suffixes and suffixes[-1] in READERS else ""
 
 
-def read_files(paths, text_column):
-    """Yield the documents of files: a .txt or .md is one, a .jsonl line or .parquet row is one."""
-    for path in paths:
-        try:
-            yield from READERS[file_kind(path)](path, text_column)
-        except OSError as error:
-            raise UserError(f"cannot read {path} ({error}): replace it or leave it out") from None
+def read_file(path, column, skip):
+    """Yield the Blocks of a file from `skip` on: a .txt or .md is a document, a line or row is."""
+    try:
+        yield from READERS[file_kind(path)](path, column, skip)
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error}): replace it or leave it out") from None
 
 
-def read_text(path, _):
-    with open_bytes(path) as file:
-        yield decode(file.read(), path)
+# Where a text may be cut: before a space that follows another character. GPT-2's pattern looks at
+# nothing behind a match, and no match of it runs from a character into a space, so that it finds
+# the same on both sides. Left out are bytes that may end a byte order mark or Unicode's spaces.
+CUT = re.compile(rb"(?<=[!-~\x8b-\x9e\xa1-\xa7\xaa-\xae\xb0-\xbe])[ \t\r\n]")
+STRETCH_BYTES = 1 << 14  # of a text: what has to be given to tiktoken for one disputed letter
 
 
-def read_jsonl(path, text_column):
-    with open_bytes(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.isspace():
-                continue
-            where = f"{path}, line {number:,}"
-            try:
-                record = json.loads(decode(line, path, number))
-            except ValueError as error:
-                raise UserError(f"{where} is no JSON ({error}): mend it or take it out") from None
-            if not isinstance(record, dict) or text_column not in record:
-                found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                raise UserError(f"{where} has no {text_column!r} but {found}: see --text_column")
-            yield checked(record[text_column], where)
+def read_text(path, _, skip):
+    """One document, in Blocks of stretches."""
+    with open_bytes(path) as (file, share):
+        start, line, held, more = 0, 1, b"", b" "
+        while more:
+            more = file.read(BLOCK_BYTES)
+            held += more
+            end = last_cut(held) if more else len(held)
+            if start >= skip and end:
+                load = functools.partial(parse_text, held[:end], path, start, line)
+                yield Block(load, start, share(), whole=False)
+            start, line, held = start + end, line + held.count(b"\n", 0, end), held[end:]
 
 
-def read_parquet(path, text_column):
+def last_cut(data):
+    for begin in (max(0, len(data) - STRETCH_BYTES), 0):
+        if cuts := [match.start() for match in CUT.finditer(data, begin)]:
+            return cuts[-1]
+    return 0
+
+
+def parse_text(data, path, start, line):
+    import pyarrow
+
+    text = data if start else data.removeprefix(b"\xef\xbb\xbf")  # the mark of some editors
+    ends = [0]
+    while match := CUT.search(text, ends[-1] + STRETCH_BYTES):
+        ends.append(match.start())
+    stretches = [text[a:b] for a, b in itertools.pairwise([*ends, len(text)])]
+    try:
+        return pyarrow.array(stretches, pyarrow.large_binary()).cast(pyarrow.large_string())
+    except pyarrow.ArrowInvalid:
+        pass
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        line += data.count(b"\n", 0, error.start)
+        byte = f"byte {start + error.start + 1:,} of the file"
+        raise not_utf8(f"{path}, line {line:,}, {byte}", error) from None
+
+
+def read_lines(path, column, skip):
+    with open_bytes(path) as (file, share):
+        start = 0
+        for data in whole_lines(file):
+            lines = data.count(b"\n") + (not data.endswith(b"\n"))
+            if start >= skip:
+                load = functools.partial(parse_lines, data, lines, column, path, start)
+                yield Block(load, start, share())
+            start += lines
+
+
+def whole_lines(file):
+    """Yield what the file holds in stretches of about BLOCK_BYTES that end with a line."""
+    held = []  # the beginning of a line
+    while data := file.read(BLOCK_BYTES):
+        end = data.rfind(b"\n") + 1
+        if end:
+            yield b"".join([*held, memoryview(data)[:end]])
+            held = []
+        held.append(data[end:])
+    if last := b"".join(held):
+        yield last
+
+
+def parse_lines(data, lines, column, path, start):
+    """The texts of .jsonl lines: by Arrow's parser where it takes every line, else by Python's.
+
+    Python's is slower, but takes lone surrogates and can say what is wrong with which line.
+    """
+    import pyarrow.json
+
+    read = pyarrow.json.ReadOptions(use_threads=False, block_size=min(len(data), 2**31 - 1))
+    only = pyarrow.schema([(column, pyarrow.large_string())])
+    parse = pyarrow.json.ParseOptions(explicit_schema=only, unexpected_field_behavior="ignore")
+    try:
+        if not re.match(rb"(\xef\xbb\xbf)?\s*{", data):
+            raise pyarrow.ArrowInvalid("its parser crashes where the first line is null")
+        table = pyarrow.json.read_json(pyarrow.BufferReader(data), read, parse)
+        table.validate(full=True)  # UTF-8
+        if table.num_rows == lines and not table[column].null_count:
+            return table[column].combine_chunks()
+    except pyarrow.ArrowInvalid:
+        pass
+    texts = []
+    for number, line in enumerate(io.BytesIO(data), start + 1):
+        if not line.isspace():
+            texts.append(parse_line(line, column, f"{path}, line {number:,}"))
+    return large_strings(texts)
+
+
+def parse_line(line, column, where):
+    """The text of one line of JSON; null stands for an empty one."""
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise not_utf8(f"{where}, byte {error.start + 1:,}", error) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is no JSON ({error}): mend it or take it out") from None
+    if not isinstance(record, dict) or column not in record:
+        found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        raise UserError(f"{where} has no {column!r} but {found}: see --text_column")
+    text = record[column]
+    if not isinstance(text, str | None):
+        found = type(text).__name__
+        raise UserError(f"{where}: expected text, found {found}: see --text_column")
+    return text or ""
+
+
+def read_rows(path, column, skip):
     import pyarrow
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if text_column not in file.schema_arrow.names:
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+            if column not in file.schema_arrow.names:
                 found = ", ".join(file.schema_arrow.names)
-                raise UserError(f"{path} has no {text_column!r} but {found}: see --text_column")
-            for rows in file.iter_batches(batch_size=1024, columns=[text_column]):
-                for text in rows.column(0).to_pylist():
-                    yield checked(text, path)
+                raise UserError(f"{path} has no {column!r} but {found}: see --text_column")
+            kind = file.schema_arrow.field(column).type
+            kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+            if "string" not in str(kind):
+                raise UserError(f"{path}: expected text, found {kind}: see --text_column")
+            yield from read_row_groups(file, column, skip)
     except pyarrow.ArrowException as error:
         raise UserError(f"{path} is no whole .parquet file ({error}); fetch it again") from None
 
 
-READERS = {".txt": read_text, ".md": read_text, ".jsonl": read_jsonl, ".parquet": read_parquet}
-COMPRESSED = (".gz", ".zst")
+ROWS = 256  # to read of a .parquet at a time: nothing tells before how long they will be
 
 
-def open_bytes(path):
-    """Open a file to read bytes: what is inside, for .gz and .zst."""
-    if not str(path).lower().endswith(COMPRESSED):
-        return open(path, "rb")
-    import pyarrow  # reads both, and tells when the end is missing, which zstandard does not
+def read_row_groups(file, column, skip):
+    groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    ends = list(itertools.accumulate(groups))
+    first = sum(end <= skip for end in ends)
+    done, held, size = sum(groups[:first]), [], 0
+    for batch in file.iter_batches(ROWS, row_groups=range(first, len(ends)), columns=[column]):
+        texts = batch.column(0)[max(0, skip - done) :]
+        held, size, done = [*held, texts], size + texts.nbytes, done + len(batch)
+        if size >= BLOCK_BYTES or done == ends[-1]:
+            load = functools.partial(checked_strings, held)
+            yield Block(load, done - sum(map(len, held)), done / ends[-1])
+            held, size = [], 0
 
-    return io.BufferedReader(pyarrow.input_stream(str(path), compression="detect"))
+
+def checked_strings(arrays):
+    """Parts of a column as large strings; null stands for an empty one."""
+    import pyarrow
+
+    texts = pyarrow.concat_arrays([array.cast(pyarrow.large_string()) for array in arrays])
+    texts = texts.fill_null("")
+    texts.validate(full=True)  # UTF-8
+    return texts
 
 
-def decode(data, path, first_line=1):
-    """Text of UTF-8 bytes, without the mark that some editors put at the start of a file."""
+def large_strings(texts):
+    """Python's strings as Arrow's; lone surrogates become U+FFFD, as in tiktoken."""
+    import pyarrow
+
     try:
-        return data.decode("utf-8-sig" if first_line == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        line = first_line + data.count(b"\n", 0, error.start)
-        byte = error.start - data.rfind(b"\n", 0, error.start)
-        where = f"{path}, line {line:,}, byte {byte:,}"
-        raise UserError(f"{where}: not UTF-8 ({error.reason}); convert or remove it") from None
+        return pyarrow.array(texts, pyarrow.large_string())
+    except UnicodeEncodeError:
+        utf16 = (text.encode("utf-16", "surrogatepass") for text in texts)
+        texts = [text.decode("utf-16", "replace") for text in utf16]
+        return pyarrow.array(texts, pyarrow.large_string())
 
 
-def checked(text, where):
-    """A document that was read; null stands for an empty one."""
-    if not isinstance(text, str | None):
-        raise UserError(f"{where}: expected text, found {type(text).__name__}: see --text_column")
-    return text or ""
+READERS = {".txt": read_text, ".md": read_text, ".jsonl": read_lines, ".parquet": read_rows}
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 
 
-# ---------------------------------------------------------------- documents to tokens
+@contextlib.contextmanager
+def open_bytes(path):
+    """(a file to read what is inside, a function that tells which share of it was read)"""
+    import pyarrow  # reads .gz and .zst, and tells when the end is missing: zstandard does not
 
-BATCH_CHARACTERS = 1_000_000  # makes a hand-over between processes cheap, and memory no matter
-
-
-def batches(documents):
-    """Yield lists of documents, about BATCH_CHARACTERS each; empty documents are left out."""
-    batch, characters = [], 0
-    for text in filter(None, documents):
-        batch.append(text)
-        characters += len(text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+    size = max(1, os.path.getsize(path))
+    codec = COMPRESSED.get(Path(path).suffix.lower())
+    with pyarrow.OSFile(str(path)) as packed:
+        file = pyarrow.CompressedInputStream(packed, codec) if codec else packed
+        yield file, lambda: packed.tell() / size
 
 
-def tokenize(text_batches, options):
-    """An iterator over the tokens of each batch of documents, in order, as uint16 arrays."""
-    if options.tokenizer == "gigatoken":
-        os.environ["RAYON_NUM_THREADS"] = str(options.processes)  # it has threads of its own
-        return map(encode_fast, text_batches)
-    if options.processes == 1:
-        return map(encode, text_batches)
-    return encode_in_processes(text_batches, options.processes)
+def not_utf8(where, error):
+    return UserError(f"{where}: not UTF-8 ({error.reason}); convert or remove it")
 
 
-def encode_in_processes(text_batches, processes):
-    """`map(encode, text_batches)` by several processes; a bounded number of batches in flight."""
-    spawn = multiprocessing.get_context("spawn")  # the one way that works on every system
+# ---------------------------------------------------------------- texts to tokens
+
+
+AHEAD = 8  # Blocks to read while the tokenizers start up
+
+
+def tokenize(blocks, options):
+    """Yield (block, its tokens, uint16) in order; parsing and tokenizing run beside the reading."""
+    fast, workers = options.tokenizer == "gigatoken", options.processes
+    if fast or workers == 1:
+        workers = min(workers, 4)  # gigatoken takes one text at a time; the others parse
+        pool = ThreadPoolExecutor(workers)
+    else:
+        spawn = multiprocessing.get_context("spawn")  # the one way that works on every system
+        pool = ProcessPoolExecutor(workers, spawn, initializer=follow_parent)
     in_flight = collections.deque()
-    with ProcessPoolExecutor(processes, spawn, initializer=follow_parent) as pool:
-        try:
-            for batch in text_batches:
-                in_flight.append(pool.submit(encode, batch))
-                if len(in_flight) == 2 * processes:
-                    yield in_flight.popleft().result()
-            while in_flight:
-                yield in_flight.popleft().result()
-        except BrokenProcessPool:
-            message = "a tokenizing process died, for lack of memory perhaps"
-            raise UserError(f"{message}: try --processes={processes // 2}") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+    try:
+        for block in blocks:
+            in_flight.append((block, pool.submit(encode_block, block, fast)))
+            if len(in_flight) > workers + AHEAD:
+                block, tokens = in_flight.popleft()
+                yield block, tokens.result()
+        for block, tokens in in_flight:
+            yield block, tokens.result()
+    except BrokenProcessPool:
+        message = "a tokenizing process died, for lack of memory perhaps"
+        raise UserError(f"{message}: try --processes={workers // 2}") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def follow_parent():
@@ -460,100 +704,217 @@ def follow_parent():
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def encode(batch):
-    """The tokens of documents as one uint16 array, each document led by <|endoftext|>."""
+def encode_block(block, fast):
+    texts = block.load()
+    tokens = fast_tokenizer().encode(texts) if fast else encode(texts.to_pylist())
+    if not block.whole:
+        within = tokens == END_OF_TEXT
+        within[:1] = block.start > 0
+        tokens = tokens[~within]
+    return tokens
+
+
+def encode(texts):
+    """The tokens of texts as one uint16 array, each led by <|endoftext|>; an empty one has none."""
     tokens = []
-    for text in batch:
+    for text in filter(None, texts):
         tokens.append(END_OF_TEXT)
         tokens.extend(tokenizer().encode_ordinary(text))
     return np.array(tokens, dtype=np.uint16)
 
 
-# What gigatoken 0.10 takes otherwise than tiktoken 0.14: surrogates, and 4,657 of the letters that
-# Unicode 16 and 17 added, which split the text around them. The reference decides.
+# What gigatoken 0.10 takes otherwise than tiktoken 0.14: 4,657 of the letters that Unicode 16 and
+# 17 added, which split the text around them. The reference decides.
 DISPUTED = re.compile(
-    "[\u088f\u0c5c\u0cdc\u1c89\u1c8a\ua7cb-\ua7f1\ud800-\udfff\U00010000-\U0001d3ff"
+    "[\u088f\u0c5c\u0cdc\u1c89\u1c8a\ua7cb-\ua7f1\U00010000-\U0001d3ff"
     "\U0001d800-\U0001efff\U0001fb00-\U0001ffff\U0002a6de-\U0003ffff]"
 )
+DISPUTED_BYTES = 0xE0A2, 0xE0B1, 0xE0B3, 0xE1B2, 0xEA9F  # how they begin in UTF-8, or from F0 on
 
 
-def encode_fast(batch):
-    """The same tokens as `encode`, by gigatoken."""
-    import awkward  # gigatoken's array of arrays
+def disputed(texts):
+    """The numbers of the texts that hold a DISPUTED letter."""
+    _, offsets, data = texts.buffers()
+    ends = np.frombuffer(offsets, np.int64)[texts.offset :][: len(texts) + 1]
+    data = np.frombuffer(data or b"", np.uint8)[ends[0] : ends[-1]]
+    at = np.flatnonzero(data >= 0xE0)  # of a character's three or four bytes the first
+    begin = data[at].astype(np.uint16) << 8 | data[at + 1]
+    at = at[(begin >= 0xF000) | np.isin(begin, DISPUTED_BYTES)]
+    first = (bytes(data[i : i + 4]).decode(errors="ignore")[0] for i in at)
+    at = [i for i, letter in zip(at, first, strict=True) if DISPUTED.match(letter)]
+    return np.unique(np.searchsorted(ends - ends[0], at, side="right") - 1).tolist()
 
-    if any(not text.isascii() and DISPUTED.search(text) for text in batch):
-        return encode(batch)
-    tokens = fast_tokenizer().encode_batch([text.encode() for text in batch])
-    lengths = awkward.to_numpy(awkward.num(tokens))
-    flat = awkward.to_numpy(awkward.flatten(tokens)).astype(np.uint16)
-    return np.insert(flat, np.cumsum(lengths) - lengths, END_OF_TEXT)
+
+class FastTokenizer:
+    """The same tokens as `encode`, by gigatoken.
+
+    It keeps every word it meets (0.10: 7 GB after 0.5 GB of random ones) and has no way to forget
+    them, so it is made anew after RENEWAL seconds of work: a word that is new to it takes 0.5 us.
+    """
+
+    RENEWAL = 5.0
+
+    def __init__(self):
+        # tiktoken's table, and no special token: their text is ordinary
+        table = map(tokenizer().decode_single_token_bytes, range(END_OF_TEXT))
+        lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(table)]
+        self.table = b"".join(lines)
+        self.renew()
+
+    def renew(self):
+        import gigatoken
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "gpt2.tiktoken")
+            path.write_bytes(self.table)
+            self.gigatoken = gigatoken.Tokenizer.from_tiktoken(path, pretokenizer="gpt2")
+        self.worked = 0.0
+
+    def encode(self, texts):
+        """The tokens of a pyarrow array of large_string, as `encode` gives them."""
+        parts, start = [], 0
+        for row in disputed(texts):
+            parts += [self.encode_agreed(texts[start:row]), encode([texts[row].as_py()])]
+            start = row + 1
+        return np.concatenate([*parts, self.encode_agreed(texts[start:])])
+
+    def encode_agreed(self, texts):
+        import awkward  # gigatoken's array of arrays, which shares memory with Arrow's
+
+        if not len(texts):
+            return np.empty(0, dtype=np.uint16)
+        begin = time.thread_time()
+        rows = self.gigatoken.encode_batch(awkward.from_arrow(texts), parallel=False)
+        self.worked += time.thread_time() - begin
+        if self.worked > self.RENEWAL:
+            self.renew()
+        ends, flat = rows.layout.offsets.data, rows.layout.content.data.astype(np.uint16)
+        return np.insert(flat, ends[:-1][np.diff(ends) > 0], END_OF_TEXT)
 
 
 @functools.cache
 def fast_tokenizer():
-    """gigatoken with tiktoken's GPT-2 table, and no special token: their text is ordinary."""
-    import gigatoken
-
-    table = map(tokenizer().decode_single_token_bytes, range(END_OF_TEXT))
-    lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(table)]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "gpt2.tiktoken")
-        path.write_bytes(b"".join(lines))
-        return gigatoken.Tokenizer.from_tiktoken(path, pretokenizer="gpt2")
+    return FastTokenizer()
 
 
 # ---------------------------------------------------------------- tokens to shards
 
 
-def write_shards(options):
-    """Turn a source's text into shards in out_dir: (its revision, the manifest's entries)."""
-    revision, documents = open_source(options)
-    print(f"{options.source} -> {options.out_dir}, tokenized by {options.tokenizer}", flush=True)
-    tokens = counted(tokenize(batches(documents), options), options.out_dir)
-    shards = cut(tokens, options.val_tokens, options.shard_tokens)
-    if options.max_shards:
-        shards = itertools.islice(shards, 1 + options.max_shards)
-    return revision, [write_shard(options.out_dir, *shard) for shard in enumerate(shards)]
+def write_shards(options, ranks, manifest):
+    """Make this rank's shards of a source of text; `manifest`, its part of it, grows with them."""
+    source = open_source(options, manifest["revision"])
+    if manifest["revision"] not in (None, source.revision):
+        held = f"shards of revision {manifest['revision']}, not {source.revision}"
+        raise UserError(f"{options.out_dir} holds {held}: {ANEW}")
+    manifest["revision"] = source.revision
+    files = ranks.files(source.sizes)
+    place = manifest["next"].setdefault(ranks.key, [files[0], 0, 0] if files else None)
+    made = [shard["tokens"] for shard in manifest["shards"] if ranks.owns(shard)]
+    sizes = ranks.shard_sizes(options)
+    if not place or len(made) >= len(sizes):
+        return
+
+    def save(number, shard, place):
+        manifest["shards"].append(write_shard(options.out_dir, number, shard))
+        manifest["next"][ranks.key] = place
+        write_manifest(ranks.partial(options.out_dir), manifest)
+
+    begun = f", going on after {len(made)} shards" if made else ""
+    ranks.print(f"{options.source} -> {options.out_dir}, tokenized by {options.tokenizer}{begun}")
+    blocks = tokenize(read_blocks(source, files, place), options)
+    stream = counted(blocks, options, ranks, done=sum(made) - place[2], most=sum(sizes))
+    shards, writing = cut(stream, sizes[len(made) :], skip=place[2]), None
+    # a shard is written beside the making of the next; threads end here, whatever happens
+    with contextlib.closing(blocks), ThreadPoolExecutor(1) as writer:
+        for shard, place in shards:
+            number = ranks.first_shard + len(made)
+            if number == 0 and not place:
+                needed = f"--val_tokens={options.val_tokens} and some to train on"
+                raise UserError(f"the input gives {len(shard):,} tokens, too few for {needed}")
+            if not len(shard):  # there was no text in this rank's files
+                manifest["next"][ranks.key] = None
+                return
+            if writing:
+                writing.result()
+            else:  # so that a shard without a manifest is never this tool's
+                write_manifest(ranks.partial(options.out_dir), manifest)
+            made.append(len(shard))
+            writing = writer.submit(save, number, shard, place)
+        writing.result()
+    if place and not options.max_shards:
+        raise UserError(f"more than {len(sizes):,} shards: set --shard_tokens to more")
 
 
-def counted(arrays, name):
-    """Pass arrays of tokens on, with a progress bar in tokens."""
+def read_blocks(source, files, place):
+    """Yield the Blocks of these files from a place on; `share` is of all the files."""
+    total, before = sum(source.sizes[i] for i in files), 0
+    for i in files:
+        if i >= place[0]:
+            for block in source.read(i, place[1] if i == place[0] else 0):
+                share = (before + block.share * source.sizes[i]) / total
+                yield block._replace(file=i, share=share)
+        before += source.sizes[i]
+
+
+def counted(stream, options, ranks, done, most):
+    """Pass a stream on: first say what is to come, then show a progress bar, in tokens.
+
+    `done` were made before, `most` are wanted; how many there are is foreseen from what was read.
+    """
     from tqdm import tqdm
 
-    with tqdm(desc=name, unit=" tokens", unit_scale=True, disable=None) as bar:
-        for tokens in arrays:
-            yield tokens
+    hidden = ranks.rank > 0 or None
+    with tqdm(initial=done, unit=" tokens", unit_scale=True, disable=hidden) as bar:
+        for block, tokens in stream:
+            done += len(tokens)
+            expected = int(min(done / block.share, most))
+            if bar.total is None:
+                foresee(options.out_dir, ranks, 2 * (expected - done + len(tokens)))
+            bar.total = expected
             bar.update(len(tokens))
+            yield block, tokens
 
 
-def cut(arrays, val_tokens, shard_tokens):
-    """Cut a stream of tokens, in arrays of any length, to one of val_tokens, then of shard_tokens.
+def foresee(out_dir, ranks, size):
+    """Say how much is to come, and that the disk has room for it; a UserError if not."""
+    from tqdm import tqdm
 
-    The last may be short. A shard is yielded only when a token follows it, so that an input too
-    short for a training shard, a UserError, leaves no file behind.
+    check_disk(out_dir, size * ranks.world)
+    tokens, size = (tqdm.format_sizeof(n * ranks.world) for n in (size // 2, size))
+    ranks.print(f"to come: about {tokens} tokens, {size}B of shards")
+
+
+def cut(stream, sizes, skip=0):
+    """Cut a stream of (Block, its tokens), without the first `skip`, to shards of these sizes.
+
+    Yields (a shard, the place of the token that follows it). A place is [file, start of a Block,
+    tokens of it]: there a run that was stopped goes on. It is None after the last token; the last
+    shard may be short, and empty where there is no token at all.
     """
-    shard, held, first = np.empty(val_tokens, dtype=np.uint16), 0, True
-    for tokens in arrays:
-        while len(tokens):
+    sizes = iter(sizes)
+    shard, held = np.empty(next(sizes), dtype=np.uint16), 0
+    for block, tokens in stream:
+        used = min(skip, len(tokens))
+        skip -= used
+        while used < len(tokens):
             if held == len(shard):
-                yield shard
-                shard, held, first = np.empty(shard_tokens, dtype=np.uint16), 0, False
-            piece = tokens[: len(shard) - held]
+                yield shard, [block.file, block.start, used]
+                if not (size := next(sizes, 0)):
+                    return
+                shard, held = np.empty(size, dtype=np.uint16), 0
+            piece = tokens[used : used + len(shard) - held]
             shard[held : held + len(piece)] = piece
-            held += len(piece)
-            tokens = tokens[len(piece) :]
-    if first:
-        needed = f"--val_tokens={val_tokens} and some to train on"
-        raise UserError(f"the input gives {held:,} tokens, too few for {needed}")
-    yield shard[:held]
+            held, used = held + len(piece), used + len(piece)
+    yield shard[:held], None
 
 
-def write_shard(out_dir, index, tokens):
+def write_shard(out_dir, number, tokens):
     """Write one shard and return its entry in the manifest."""
-    path = Path(out_dir, f"edufineweb_{'train' if index else 'val'}_{index:06d}.npy")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(out_dir, f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy")
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, tokens)
+        header = np.lib.format.header_data_from_array_1_0(tokens)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(tokens)  # np.save does not say that it was the disk
     return describe(path)
 
 
@@ -562,7 +923,8 @@ def describe(path):
     tokens = open_shard(path)
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    documents = int(np.count_nonzero(tokens == END_OF_TEXT))
+    parts = (tokens[i : i + BLOCK_BYTES] for i in range(0, len(tokens), BLOCK_BYTES))
+    documents = sum(int(np.count_nonzero(part == END_OF_TEXT)) for part in parts)
     return dict(file=path.name, documents=documents, tokens=len(tokens), sha256=sha256)
 
 
@@ -580,13 +942,14 @@ def fetching(what):
         raise UserError(f"cannot fetch {what} ({reason}): {remedy}") from None
 
 
-def list_dataset(options):
-    """(commit, sorted names of the files) of the Hugging Face dataset at its revision."""
+def list_dataset(options, revision):
+    """(commit, its files with rfilename, size and lfs.sha256) of a Hugging Face dataset."""
     from huggingface_hub import HfApi
 
-    with fetching(f"the list of files of {options.dataset} at {options.revision}"):
-        info = HfApi().dataset_info(options.dataset, revision=options.revision)
-    return info.sha, sorted(file.rfilename for file in info.siblings)
+    revision = revision or options.revision
+    with fetching(f"the list of files of {options.dataset} at {revision}"):
+        info = HfApi().dataset_info(options.dataset, revision=revision, files_metadata=True)
+    return info.sha, sorted(info.siblings, key=lambda file: file.rfilename)
 
 
 def download(options, name, commit, folder=None):
@@ -598,27 +961,203 @@ def download(options, name, commit, folder=None):
         return hf_hub_download(options.dataset, name, **where)
 
 
-def fetch_shards(options):
-    """Download ready .bin shards into out_dir: (their revision, the manifest's entries)."""
-    commit, names = list_dataset(options)
+def check_downloads(dataset, commit, files):
+    """Say what is to be fetched, and that the disk of huggingface_hub's cache has room for it."""
+    from huggingface_hub import constants, try_to_load_from_cache
+    from tqdm import tqdm
+
+    cached = functools.partial(try_to_load_from_cache, repo_type="dataset", revision=commit)
+    size = sum(f.size or 0 for f in files if not isinstance(cached(dataset, f.rfilename), str))
+    if size and os.environ.get("RANK", "0") == "0":
+        print(f"to fetch: {tqdm.format_sizeof(size, 'B')} into {constants.HF_HUB_CACHE}")
+    check_disk(constants.HF_HUB_CACHE, size)
+
+
+def fetch_shards(options, ranks, manifest):
+    """Download this rank's part of ready .bin shards; `manifest` grows with them."""
+    commit, files = list_dataset(options, manifest["revision"])
+    manifest["revision"] = commit
     splits = {"val": [], "train": []}
-    for name in names:
-        if match := re.search(r"_(val|train)_(\d{6})\.bin$", name):
-            splits[match[1]].append((name, f"edufineweb_{match[0][1:]}"))
+    for file in files:
+        if match := re.search(r"_(val|train)_(\d{6})\.bin$", file.rfilename):
+            splits[match[1]].append((file, f"edufineweb_{match[0][1:]}"))
     if not all(splits.values()):
         raise UserError(f"{options.dataset} holds no .._val_000000.bin and .._train_000001.bin")
     wanted = splits["val"] + splits["train"][: options.max_shards or None]
-    incoming = Path(options.out_dir, ".incoming")  # where an interrupted download goes on
-    paths = [Path(download(options, name, commit, incoming)) for name, _ in wanted]
-    for path in paths:
-        open_shard(path)  # every one is whole before any gets its final name
-    shards = []
-    for path, (_, name) in zip(paths, wanted, strict=True):
-        with replacing(Path(options.out_dir, name)) as temporary:
-            os.replace(path, temporary)
-        shards.append(describe(Path(options.out_dir, name)))
-    shutil.rmtree(incoming)
-    return commit, shards
+    whole = len(wanted) == sum(map(len, splits.values()))
+    manifest["next"][ranks.key] = None if whole else [len(wanted), 0, 0]
+    there = {shard["file"] for shard in manifest["shards"]}
+    mine = [wanted[i] for i in ranks.files([1] * len(wanted))]
+    missing = [(file, name) for file, name in mine if name not in there]
+    check_disk(options.out_dir, sum(file.size or 0 for file, _ in missing))
+    for file, name in missing:
+        write_manifest(ranks.partial(options.out_dir), manifest)
+        manifest["shards"].append(fetch_shard(options, file, name, commit))
+
+
+def fetch_shard(options, file, name, commit):
+    """Download one shard, give it its name when it is whole, and return its entry."""
+    incoming = Path(options.out_dir, INCOMING)  # where an interrupted download goes on
+    path = Path(download(options, file.rfilename, commit, incoming))
+    entry = describe(path) | {"file": name}
+    expected = file.lfs.sha256 if file.lfs else entry["sha256"]
+    if entry["sha256"] != expected:
+        path.unlink()
+        raise UserError(f"{file.rfilename} came with another sha256 than {expected}: try again")
+    with replacing(Path(options.out_dir, name)) as temporary:
+        os.replace(path, temporary)
+    return entry
+
+
+# ---------------------------------------------------------------- the folder of shards
+
+PARTIAL = "manifest.partial.{}.json"  # a rank's part, while it grows; manifest.json ends the work
+INCOMING = ".incoming"
+ANEW = "delete the folder or choose another --out_dir"
+
+
+def begin(options, ranks):
+    """(the manifest to go on from, whether all that is asked is there); refuse another's folder."""
+    folder, asked = Path(options.out_dir), settings(options)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another --out_dir")
+    parts = sorted(folder.glob(PARTIAL.format("*")))
+    manifests = [read_manifest(path) for path in [*folder.glob(MANIFEST), *parts]]
+    if not manifests:
+        if found := shard_files(folder):
+            raise UserError(f"{folder} holds {len(found)} shards and no {MANIFEST}: {ANEW}")
+        empty = dict(ranks=ranks.world, next={}, documents=0, tokens=0, shards=[])
+        return {**asked, "revision": None, **empty}, False
+    for manifest, (key, value) in itertools.product(manifests, asked.items()):
+        if manifest.get(key) != value:
+            made = f"{key}={manifest.get(key)}, not {value}"
+            raise UserError(f"{folder} holds shards made with {made}: {ANEW}")
+    manifest = merged(manifests)
+    check_shards(folder, manifest, more=bool(parts))
+    whole = not any(manifest["next"].values())
+    if not parts and (whole or 0 < options.max_shards < len(manifest["shards"])):
+        return manifest, True
+    if manifest["ranks"] != ranks.world:
+        begun = f"was begun by {manifest['ranks']} processes, not {ranks.world}"
+        raise UserError(f"{folder} {begun}: go on with as many, {ANEW}")
+    own = {key: place for key, place in manifest["next"].items() if key == ranks.key}
+    return manifest | {"next": own}, False
+
+
+def settings(options):
+    """The manifest's record of what decides the shards' content."""
+    asked = {name: getattr(options, name) for name in SOURCES[options.source][2]}
+    if options.dataset:
+        asked["dataset"] += f"@{asked.pop('revision')}"
+    if options.source == "local":
+        asked["input"] = fingerprint(local_files(options.input))
+    return {"version": VERSION, "source": options.source, "encoding": "gpt2", **asked}
+
+
+def finish(folder, ranks, manifest):
+    """When every rank is done, put their parts together; return the whole manifest."""
+    manifests = ranks.gather(manifest)
+    manifest = merged(manifests)
+    if len({part["revision"] for part in manifests}) > 1:
+        raise UserError(f"{folder}: the dataset has just changed; name a commit by --revision")
+    if ranks.rank == 0:
+        numbers = {shard_number(shard["file"]) for shard in manifest["shards"]}
+        for name in shard_files(folder):  # one that was made, but not noted when a kill came
+            if (number := shard_number(name)) not in numbers and number - 1 in numbers:
+                (folder / name).unlink()
+        check_shards(folder, manifest)
+        write_manifest(folder / MANIFEST, manifest)
+        for leftover in [*folder.glob(PARTIAL.format("*")), *folder.glob(".*.tmp")]:
+            leftover.unlink()
+        shutil.rmtree(folder / INCOMING, ignore_errors=True)
+    ranks.gather()
+    return manifest
+
+
+def merged(manifests):
+    """One manifest of those of all ranks, with their shards in order."""
+    shards = {shard["file"]: shard for manifest in manifests for shard in manifest["shards"]}
+    shards = sorted(shards.values(), key=lambda shard: shard_number(shard["file"]))
+    places = {key: place for manifest in manifests for key, place in manifest["next"].items()}
+    totals = {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens")}
+    return manifests[0] | {"next": places, **totals, "shards": shards}
+
+
+def write_manifest(path, manifest):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(json.dumps(merged([manifest]), indent=1).encode() + b"\n")
+
+
+def read_manifest(path):
+    """A manifest; a UserError unless it is whole and names nothing but shards beside it."""
+    try:
+        manifest = json.loads(path.read_bytes())
+        whole = all(shard_number(shard["file"]) >= 0 for shard in manifest["shards"])
+        whole = whole and all(shard["tokens"] + shard["documents"] for shard in manifest["shards"])
+        whole = whole and manifest["ranks"] > 0 and isinstance(manifest["next"], dict)
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        held = f"{len(shard_files(path.parent))} shards and no whole {path.name}"
+        raise UserError(f"{path.parent} holds {held}: {ANEW}")
+    return manifest
+
+
+def shard_number(name):
+    match = re.fullmatch(r"edufineweb_(?:val|train)_(\d{6})\.(?:npy|bin)", name)
+    return int(match[1]) if match else -1
+
+
+def shard_files(folder):
+    return {path.name for path in Path(folder).glob("*") if path.suffix in (".npy", ".bin")}
+
+
+def check_shards(folder, manifest, more=False):
+    """A UserError unless a folder holds its manifest's shards and, unless more may be, no other."""
+    listed, found = {s["file"]: s["tokens"] for s in manifest["shards"]}, shard_files(folder)
+    if listed.keys() - found or (found - listed.keys() and not more):
+        named = ", ".join(sorted(found ^ listed.keys())[:5])
+        raise UserError(f"{folder} holds other shards than its {MANIFEST} lists ({named}): {ANEW}")
+    for name, tokens in listed.items():
+        if (size := len(open_shard(folder / name))) != tokens:
+            lengths = f"{MANIFEST} says {tokens:,} tokens, found {size:,}"
+            raise UserError(f"{folder / name}: {lengths}: {ANEW}")
+
+
+def check_finished(folder):
+    if any(folder.glob(PARTIAL.format("*"))):
+        unfinished = f"the shards in {folder}/ are not all there yet"
+        raise UserError(f"{unfinished}: run the same python fineweb.py command again, it goes on")
+
+
+def verify(folder):
+    """Check every byte of a folder's shards against its manifest."""
+    from tqdm import tqdm
+
+    check_finished(folder)
+    if not (folder / MANIFEST).exists():
+        raise UserError(f"{folder} holds no {MANIFEST}: nothing says what its shards should be")
+    manifest = read_manifest(folder / MANIFEST)
+    check_shards(folder, manifest)
+    for shard in tqdm(manifest["shards"], f"verifying {folder}", delay=5, disable=None):
+        if (found := describe(folder / shard["file"])) != shard:
+            sums = f"{MANIFEST} says sha256 {shard['sha256'][:16]}, found {found['sha256'][:16]}"
+            raise UserError(f"{folder / shard['file']} was changed: {sums}: {ANEW}")
+    size = f"{len(manifest['shards'])} shards, {manifest['tokens']:,} tokens"
+    print(f"{folder}: {size}, all as {MANIFEST} says")
+
+
+def check_disk(folder, size):
+    """A UserError where the disk of a folder has no room for `size` bytes more."""
+    from tqdm import tqdm
+
+    folder = Path(folder).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if size > free:
+        room = f"{tqdm.format_sizeof(size, 'B')} more, {tqdm.format_sizeof(free, 'B')} are free"
+        raise UserError(f"{folder} needs {room}: free some, or set --out_dir or --max_shards")
 
 
 # ---------------------------------------------------------------- the command
@@ -627,53 +1166,18 @@ def fetch_shards(options):
 def prepare(options):
     """Make the shards and the manifest that `options` ask for, unless they are there; say so."""
     options = resolve(options)
-    asked = settings(options)
-    manifest = already_there(Path(options.out_dir), asked)
-    if manifest:
-        print("already there: ", end="")
-    else:
-        make = fetch_shards if options.source == "pretokenized" else write_shards
-        revision, shards = make(options)
-        totals = {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens")}
-        manifest = {"version": VERSION, "revision": revision, **asked, **totals, "shards": shards}
-        with replacing(Path(options.out_dir, MANIFEST)) as temporary:
-            temporary.write_bytes(json.dumps(manifest, indent=1).encode() + b"\n")
-    report(options.out_dir, manifest)
-
-
-def settings(options):
-    """The manifest's record of what decides the shards' content."""
-    asked = {name: getattr(options, name) for name in SOURCES[options.source][2]}
-    if options.dataset:
-        asked["dataset"] += f"@{asked.pop('revision')}"
-    if options.source == "local":  # not the paths: an input that moved is the same input
-        files = [f"{path.name} {path.stat().st_size}" for path in local_files(options.input)]
-        digest = hashlib.sha256("\n".join(files).encode()).hexdigest()[:16]
-        asked["input"] = f"{len(files)} files; sha256 of their names and sizes: {digest}"
-    return {"source": options.source, "encoding": "gpt2", **asked}
-
-
-def already_there(folder, asked):
-    """The manifest of a folder that holds what is asked; None for one without shards."""
-    remedy = "delete the folder or choose another --out_dir"
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: choose another --out_dir")
-    found = {path.name for path in folder.glob("*") if path.suffix in (".npy", ".bin")}
-    if not found and not (folder / MANIFEST).exists():
-        return None
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        listed = {shard["file"]: shard["tokens"] for shard in manifest["shards"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        state = f"{len(found)} shards and no whole {MANIFEST}, as a run that was cut short leaves"
-        raise UserError(f"{folder} holds {state}: {remedy}") from None
-    for key, value in asked.items():
-        if manifest.get(key) != value:
-            made = f"{key}={manifest.get(key)}, not {value}"
-            raise UserError(f"{folder} holds shards made with {made}: {remedy}")
-    if found != set(listed) or any(len(open_shard(folder / f)) != n for f, n in listed.items()):
-        raise UserError(f"{folder} holds other shards than its {MANIFEST} lists: {remedy}")
-    return manifest
+    folder = Path(options.out_dir)
+    with contextlib.closing(Ranks()) as ranks:
+        manifest, there = begin(options, ranks)
+        ranks.gather()  # all have looked before any writes
+        if there:
+            ranks.print("already there: ", end="")
+        else:
+            make = fetch_shards if options.source == "pretokenized" else write_shards
+            make(options, ranks, manifest)
+            manifest = finish(folder, ranks, manifest)
+        if ranks.rank == 0:
+            report(folder, manifest)
 
 
 def report(folder, manifest):
@@ -687,7 +1191,11 @@ def report(folder, manifest):
 
 
 def main():
-    prepare(command_line(Options, __doc__))
+    options = command_line(Options, __doc__)
+    if options.verify:
+        verify(Path(options.verify))
+    else:
+        prepare(options)
 
 
 if __name__ == "__main__":

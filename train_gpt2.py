@@ -659,8 +659,7 @@ class TokenShards:
     """The shards of one split as one stream of N tokens, memory-mapped."""
 
     def __init__(self, data_dir, split):
-        found = sorted(Path(data_dir).glob(f"*_{split}_*"))
-        self.paths = [path for path in found if path.suffix in (".npy", ".bin")]
+        self.paths = fineweb.shard_paths(data_dir, split)
         if not self.paths:
             raise UserError(
                 f"no {split} shards in {Path(data_dir)}/. FineWeb-Edu (20 GB): python fineweb.py\n"

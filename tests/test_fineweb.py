@@ -1,8 +1,11 @@
 """fineweb.py: every token of every document once, in order, in shards that are whole or absent."""
 
+import contextlib
+import copy
 import gzip
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import os
@@ -13,25 +16,50 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
 import pyarrow
+import pyarrow.json
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
+import torch.distributed
+import tqdm
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import fineweb
+import train_gpt2
 from fineweb import END_OF_TEXT, Options, UserError, open_shard
 
 ROOT = Path(fineweb.__file__).parent
 TOKENIZERS = ["tiktoken", *["gigatoken"] * bool(importlib.util.find_spec("gigatoken"))]
 with_gigatoken = pytest.mark.skipif(len(TOKENIZERS) < 2, reason="needs gigatoken")
+with_sigkill = pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
 TEXTS = [f"Document {i}: the cat's {'very ' * i}long tail, été {i * i}.\n" for i in range(40)]
-any_text = st.text(st.characters(exclude_categories=()))  # surrogates, unassigned, NUL and all
+
+# surrogates, unassigned, NUL and all; and the pieces at which a text might be cut wrongly
+any_text = st.text(st.characters(exclude_categories=()))
+PIECES = ["a", "'s", "é", "1", " ", "  ", "\t", "\n", "\r\n", "\0", "😀", "\ufeff", "<|endoftext|>"]
+PIECES += [
+    "\x1c",
+    "\x85",
+    "\xa0",
+    "\u2028",
+    "\u3000",
+    "\u200b",
+    "語",
+    " the",
+    "\u088f",
+    "\U00010940",
+]
+tricky_text = st.lists(st.sampled_from(PIECES), max_size=30).map("".join)
+utf8_text = st.one_of(tricky_text, st.text(st.characters(exclude_categories=["Cs"])))
 
 
 def reference(texts):
@@ -55,14 +83,48 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
+def zstd(data):
+    return pyarrow.compress(data, "zstd", asbytes=True)
+
+
+def jsonl(texts):
+    return "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts).encode()
+
+
 def write_jsonl(path, texts):
-    path.write_text("".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts))
+    path.write_bytes(jsonl(texts))
     return path
 
 
-def prepare_local(path, out_dir, **options):
+def write_parquet(path, texts, **options):
+    texts = texts if isinstance(texts, pyarrow.Array) else pyarrow.array(texts, pyarrow.string())
+    table = pyarrow.table({"id": range(len(texts)), "text": texts})
+    pyarrow.parquet.write_table(table, path, **options)
+    return path
+
+
+WRITERS = {  # a file of each kind that holds these documents
+    "txt": lambda path, texts: path.write_bytes("".join(texts).encode()),
+    "md": lambda path, texts: path.write_bytes("".join(texts).encode()),
+    "txt.gz": lambda path, texts: path.write_bytes(gzip.compress("".join(texts).encode())),
+    "jsonl": write_jsonl,
+    "jsonl.gz": lambda path, texts: path.write_bytes(gzip.compress(jsonl(texts))),
+    "jsonl.zst": lambda path, texts: path.write_bytes(zstd(jsonl(texts))),
+    "parquet": lambda path, texts: write_parquet(path, texts, row_group_size=3),
+}
+
+
+def is_one_document(kind):
+    return kind.startswith(("txt", "md"))
+
+
+def local(path, out_dir, **options):
     options = {"processes": 1, "val_tokens": 16, "shard_tokens": 64} | options
-    fineweb.prepare(Options(source="local", input=(str(path),), out_dir=str(out_dir), **options))
+    return Options(source="local", input=(str(path),), out_dir=str(out_dir), **options)
+
+
+def prepare_local(path, out_dir, **options):
+    fineweb.prepare(local(path, out_dir, **options))
     return stream(out_dir)
 
 
@@ -71,9 +133,78 @@ def corpus(tmp_path):
     return write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
 
 
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """A folder with files of most kinds, and its documents."""
+    folder, texts = tmp_path_factory.mktemp("mixed"), []
+    for i, kind in enumerate(["jsonl", "txt", "parquet", "md", "jsonl.zst", "txt.gz"]):
+        part = TEXTS[6 * i : 6 * i + 6]
+        WRITERS[kind](folder / f"{i}.{kind}", part)
+        texts += ["".join(part)] if is_one_document(kind) else part
+    return folder, texts
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(fineweb, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(fineweb, "STRETCH_BYTES", 20)
+    monkeypatch.setattr(fineweb, "ROWS", 2)
+
+
+@contextlib.contextmanager
+def patched(*changes):
+    """Set (object, attribute, value) for a while: for hypothesis, which shares no fixture."""
+    with pytest.MonkeyPatch.context() as patch:
+        for change in changes:
+            patch.setattr(*change)
+        yield
+
+
+@contextlib.contextmanager
+def quick_folder():
+    """A new folder, and no waiting for the disk."""
+    with tempfile.TemporaryDirectory() as folder, patched((os, "fsync", lambda file: None)):
+        yield Path(folder)
+
+
+def in_blocks_of(block_bytes, stretch_bytes):
+    sizes = {"BLOCK_BYTES": block_bytes, "STRETCH_BYTES": stretch_bytes}
+    return patched(*((fineweb, name, size) for name, size in sizes.items()))
+
+
+small_sizes = st.tuples(st.integers(1, 9), st.integers(1, 9))
+
+
 def command(*args, **env):
     line = [sys.executable, str(ROOT / "fineweb.py"), *map(str, args)]
     return subprocess.run(line, capture_output=True, text=True, env=os.environ | env)
+
+
+def flags(options):
+    """The command line of Options."""
+    default = Options()
+    named = {key: getattr(options, key) for key in Options.__dataclass_fields__}
+    changed = {key: value for key, value in named.items() if value != getattr(default, key)}
+    inputs = changed.pop("input", ())
+    line = [f"--{key}={value}" for key, value in changed.items()]
+    return [*line, "--input", *inputs] if inputs else line
+
+
+@pytest.fixture
+def end_of_command(monkeypatch, capsys):
+    """Run the command in this process; returns (exit code, stdout, stderr)."""
+
+    def end(*args):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["fineweb.py", *map(str, args)])
+        code = 0
+        try:
+            fineweb.run(fineweb.main)
+        except SystemExit as error:
+            code = error.code
+        return code, *capsys.readouterr()
+
+    return end
 
 
 # ---------------------------------------------------------------- tokens
@@ -90,8 +221,8 @@ def test_shards_concatenate_to_the_reference_encoding(
     documents, val_tokens, shard_tokens, tokenizer
 ):
     expected = reference(documents)
-    with tempfile.TemporaryDirectory() as folder:
-        path, out_dir = write_jsonl(Path(folder, "x.jsonl"), documents), Path(folder, "out")
+    with quick_folder() as folder:
+        path, out_dir = write_jsonl(folder / "x.jsonl", documents), folder / "out"
         options = dict(val_tokens=val_tokens, shard_tokens=shard_tokens, tokenizer=tokenizer)
         if len(expected) <= val_tokens:
             with pytest.raises(UserError, match=f"gives {len(expected)} tokens, too few"):
@@ -104,25 +235,98 @@ def test_shards_concatenate_to_the_reference_encoding(
         assert set(sizes[1:-1]) <= {shard_tokens} and 0 < sizes[-1] <= shard_tokens
 
 
+@settings(deadline=None, max_examples=80)
+@given(
+    files=st.lists(
+        st.tuples(st.sampled_from(list(WRITERS)), st.lists(utf8_text, min_size=1, max_size=6)),
+        min_size=1,
+        max_size=4,
+    ),
+    sizes=st.one_of(small_sizes, small_sizes.map(lambda sizes: tuple(20 * n for n in sizes))),
+    tokenizer=st.sampled_from(TOKENIZERS),
+)
+def test_files_of_any_kind_in_blocks_of_any_size_give_the_reference_encoding(
+    files, sizes, tokenizer
+):
+    documents = ["the first"]
+    with quick_folder() as folder, in_blocks_of(*sizes):
+        texts = folder / "texts"
+        texts.mkdir()
+        (texts / "0.txt").write_text(documents[0])
+        for i, (kind, part) in enumerate(files, 1):
+            WRITERS[kind](texts / f"{i}.{kind}", part)
+            whole = ["".join(part).removeprefix("\ufeff")]
+            documents += whole if is_one_document(kind) else part
+        options = dict(val_tokens=1, shard_tokens=20, tokenizer=tokenizer)
+        assert prepare_local(texts, folder / "out", **options) == reference(documents)
+
+
+def tokens_of_text(path, skip=0):
+    """The tokens of a .txt file from a byte on, as the pipeline makes them."""
+    blocks = fineweb.read_file(path, "text", skip)
+    return np.concatenate([[], *(fineweb.encode_block(block, False) for block in blocks)]).tolist()
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    text=st.one_of(tricky_text, utf8_text),
+    sizes=small_sizes,
+    end=st.sampled_from(["txt", "txt.gz"]),
+)
+@example(text="no" * 40, sizes=(7, 3), end="txt")
+@example(text=" " * 40 + "x", sizes=(7, 1), end="txt")
+@example(text="a \r\n\r\n \t b" * 9, sizes=(3, 3), end="txt")
+@example(
+    text="a  b\u2009 c\u3000 d\xa0 e\x85 f\u2029 g\u202f h\u1680 i\u205f j", sizes=(1, 1), end="txt"
+)
+@example(text="\ufeff", sizes=(1, 1), end="txt")
+@example(text="\ufeff a b", sizes=(4, 1), end="txt")
+@example(text="\ufeff\ufeff x", sizes=(2, 1), end="txt")
+@example(text="語\u3000語\xa0é\x85😀\x1c \x1c a" * 9, sizes=(2, 2), end="txt")
+def test_text_read_in_stretches_gives_the_tokens_of_the_uncut_text(text, sizes, end):
+    expected = reference([text.removeprefix("\ufeff")])
+    with tempfile.TemporaryDirectory() as folder, in_blocks_of(*sizes):
+        path = Path(folder, f"x.{end}")
+        WRITERS[end](path, [text])
+        assert tokens_of_text(path) == expected
+        for block in fineweb.read_file(path, "text", 0):  # a run may go on at each
+            before = text.encode()[: block.start].decode().removeprefix("\ufeff")
+            assert reference([before]) + tokens_of_text(path, block.start) == expected
+
+
+def test_long_text_comes_in_many_stretches(tmp_path, small_blocks):
+    path = tmp_path / "long.txt"
+    path.write_text("one two three four\n" * 100)
+    blocks = list(fineweb.read_file(path, "text", 0))
+    assert len(blocks) > 15 and max(len(block.load()[0].as_py()) for block in blocks) <= 200
+    shares = [block.share for block in blocks]
+    assert shares == sorted(shares) and shares[0] < 0.2 and shares[-1] == 1.0
+
+
 @settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 30), max_size=20),
-    val_tokens=st.integers(1, 40),
-    shard_tokens=st.integers(1, 40),
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=12),
 )
-def test_cut_keeps_every_token_in_order(lengths, val_tokens, shard_tokens):
+def test_cut_keeps_every_token_in_order_and_can_go_on_after_each_shard(lengths, sizes):
     tokens = np.arange(sum(lengths), dtype=np.uint16)
-    arrays = np.split(tokens, np.cumsum(lengths))
-    if len(tokens) <= val_tokens:
-        with pytest.raises(UserError, match="too few"):
-            list(fineweb.cut(arrays, val_tokens, shard_tokens))
-        return
-    shards = list(fineweb.cut(arrays, val_tokens, shard_tokens))
-    assert np.array_equal(np.concatenate(shards), tokens)
-    assert [len(shard) for shard in shards[:-1]] == [
-        val_tokens,
-        *[shard_tokens] * len(shards[1:-1]),
+    parts = np.split(tokens, np.cumsum(lengths, dtype=int)[:-1]) if lengths else []
+    blocks = [
+        (fineweb.Block(None, start, 1.0, file=start % 3), part) for start, part in enumerate(parts)
     ]
+    made = list(fineweb.cut(blocks, sizes))
+    kept = tokens[: sum(sizes)]
+    assert np.array_equal(np.concatenate([shard for shard, _ in made]), kept)
+    assert [len(shard) for shard, _ in made[:-1]] == sizes[: len(made) - 1]
+    assert (made[-1][1] is None) == (len(tokens) <= sum(sizes))
+    for number, (_, place) in enumerate(made, 1):
+        if place and number < len(sizes):
+            file, start, used = place
+            assert file == start % 3
+            again = list(fineweb.cut(blocks[start:], sizes[number:], skip=used))
+            assert [(s.tolist(), p) for s, p in again] == [
+                (s.tolist(), p) for s, p in made[number:]
+            ]
 
 
 def test_document_may_span_shards_and_be_longer_than_one(tmp_path):
@@ -151,31 +355,68 @@ def test_special_token_text_is_ordinary_text(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
-def test_nul_surrogates_and_long_lines_are_encoded(tmp_path, tokenizer):
-    texts = ["a\0b\0", "lone \ud800 and \udfff, pair \ud83d\ude00", "word " * 200_000, "z" * 99_999]
+def test_nul_and_surrogates_are_encoded(tmp_path, tokenizer):
+    texts = ["a\0b\0", "lone \ud800 and \udfff, pair \ud83d\ude00", "a bit more of ordinary text"]
     path = write_jsonl(tmp_path / "x.jsonl", texts)
-    tokens = prepare_local(path, tmp_path / "out", tokenizer=tokenizer, shard_tokens=100_000)
-    assert tokens == reference(texts)
+    assert prepare_local(path, tmp_path / "out", tokenizer=tokenizer) == reference(texts)
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("name", ["x.jsonl", "x.txt"])
+def test_line_of_ten_megabytes_is_encoded(tmp_path, name, tokenizer):
+    text = "word, " * 1_700_000
+    path = tmp_path / name
+    WRITERS[path.suffix[1:]](path, [text])
+    assert path.stat().st_size > 10**7 > fineweb.BLOCK_BYTES
+    expected = np.array(reference([text]), np.uint16)
+    options = local(path, tmp_path / "out", tokenizer=tokenizer, shard_tokens=2_000_000)
+    fineweb.prepare(options)
+    made = np.concatenate([open_shard(path) for path in shard_paths(tmp_path / "out")])
+    assert np.array_equal(made, expected)
+
+
+def random_letters(size):
+    return np.random.default_rng(0).integers(97, 123, size, np.uint8).tobytes().decode()
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_document_of_megabytes_without_a_space_is_encoded(tokenizer):
+    size = 10_000_000 if tokenizer == "gigatoken" else 1_000_000  # tiktoken takes 7 s for ten
+    text = random_letters(size)
+    block = fineweb.Block(lambda: fineweb.large_strings([text]), 0, 1.0)
+    tokens = fineweb.encode_block(block, fast=tokenizer == "gigatoken")
+    assert tokens[0] == END_OF_TEXT
+    assert fineweb.tokenizer().decode_bytes(tokens[1:].tolist()) == text.encode()
 
 
 def test_empty_documents_are_left_out(tmp_path):
-    lines = [
-        '{"text": ""}',
-        '{"text": null}',
-        "",
-        *['{"text": "the cat sat"}'] * 20,
-        '{"text": ""}',
-    ]
+    lines = ['{"text": ""}', '{"text": null}', "", '{"text": ""}']
+    lines[3:3] = ['{"text": "the cat sat"}'] * 20
     (tmp_path / "x.jsonl").write_text("\n".join(lines))
     tokens = prepare_local(tmp_path / "x.jsonl", tmp_path / "out")
     assert tokens == reference(["the cat sat"] * 20)
 
 
+# ---------------------------------------------------------------- gigatoken
+
+
+def fast(texts):
+    return fineweb.fast_tokenizer().encode(fineweb.large_strings(texts)).tolist()
+
+
 @with_gigatoken
 @settings(deadline=None, max_examples=300)
-@given(st.lists(any_text.filter(bool), min_size=1, max_size=20))
-def test_gigatoken_gives_tiktokens_tokens(batch):
-    assert fineweb.encode_fast(batch).tolist() == fineweb.encode(batch).tolist()
+@given(st.lists(st.one_of(any_text, tricky_text), max_size=20), st.integers(0, 20))
+def test_gigatoken_gives_tiktokens_tokens(texts, start):
+    assert fast(texts) == reference(texts)
+    part = fineweb.large_strings(texts)[start:]  # shares memory with the whole
+    assert fineweb.fast_tokenizer().encode(part).tolist() == reference(texts[start:])
+
+
+@with_gigatoken
+def test_gigatoken_gives_tiktokens_tokens_of_a_word_without_end():
+    text = random_letters(300_000)
+    assert fast([text]) == reference([text])
 
 
 @with_gigatoken
@@ -183,35 +424,81 @@ def test_gigatoken_gives_tiktokens_tokens(batch):
 def test_gigatoken_and_tiktoken_agree_on_every_character(glue):
     every = map(chr, range(0x40000))  # the planes in which characters have a meaning
     agreed = glue.join(char for char in every if not fineweb.DISPUTED.search(char))
-    assert np.array_equal(fineweb.encode_fast([agreed]), fineweb.encode([agreed]))
-    new = [f"{char}{glue}x" for char in "\ud800\u088f\ua7ce\U00010940\U000323b0\U00033479"]
-    assert np.array_equal(fineweb.encode_fast(new), fineweb.encode(new))
+    assert fast([agreed]) == fineweb.encode([agreed]).tolist()
 
 
-def test_bytes_do_not_depend_on_processes_or_tokenizer(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(fineweb, "BATCH_CHARACTERS", 100)  # many batches, so that order matters
+@with_gigatoken
+@pytest.mark.parametrize("places", [[0], [4], [0, 1], [1, 3], [3, 4], [0, 1, 2, 3, 4], []])
+def test_disputed_letters_are_tokenized_by_the_reference_wherever_they_stand(places):
+    new = [f"{char}'s a{char}" for char in "\u088f\u0c5c\u1c89\ua7ce\U00010940\U000323b0"]
+    for letters in new:
+        texts = [letters if i in places else f"text {i} é" for i in range(5)]
+        assert fineweb.disputed(fineweb.large_strings(texts)) == places
+        assert fast(texts) == reference(texts)
+
+
+@with_gigatoken
+def test_gigatoken_renewed_after_every_batch_gives_the_same_tokens(monkeypatch):
+    made = fineweb.FastTokenizer()
+    monkeypatch.setattr(fineweb.FastTokenizer, "RENEWAL", 0.0)
+    first = made.gigatoken
+    for texts in (TEXTS[:20], TEXTS[20:], ["word " * 9]):
+        assert made.encode(fineweb.large_strings(texts)).tolist() == reference(texts)
+    assert made.gigatoken is not first
+
+
+# ---------------------------------------------------------------- processes
+
+
+def test_bytes_do_not_depend_on_processes_or_tokenizer(mixed, tmp_path, small_blocks):
     made = []
     for tokenizer, processes in itertools.product(TOKENIZERS, (1, 2)):
         out = tmp_path / f"{tokenizer}-{processes}"
-        prepare_local(corpus, out, processes=processes, tokenizer=tokenizer)
+        prepare_local(mixed[0], out, processes=processes, tokenizer=tokenizer)
         made.append(contents(out))
     assert len(made[0]) > 5
     assert all(other == made[0] for other in made[1:])
 
 
+def pipeline(tokenizer="tiktoken", processes=2):
+    return Options(tokenizer=tokenizer, processes=processes)
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_reading_is_only_a_few_blocks_ahead_of_the_writing(tokenizer):
+    asked = []
+
+    def blocks():
+        for i in itertools.count():
+            asked.append(i)
+            yield fineweb.Block(lambda: fineweb.large_strings(["text"]), i, 0.5)
+
+    with contextlib.closing(fineweb.tokenize(blocks(), pipeline(tokenizer, 1))) as tokens:
+        for i, (block, made) in enumerate(itertools.islice(tokens, 20)):
+            assert (block.start, made.tolist()) == (i, reference(["text"]))
+            assert len(asked) - i <= 2 + fineweb.AHEAD
+    assert len(asked) <= 22 + fineweb.AHEAD
+
+
+def end_this_process():
+    os._exit(3)
+
+
 def test_dead_worker_is_one_clear_error():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fineweb, "encode", os._exit)
-        with pytest.raises(UserError, match=r"process died.*--processes=1"):
-            list(fineweb.encode_in_processes([3, 3, 3], processes=2))
+    blocks = [fineweb.Block(end_this_process, 0, 1.0)] * 3
+    with pytest.raises(UserError, match=r"process died.*--processes=1"):
+        list(fineweb.tokenize(blocks, pipeline()))
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
+@with_sigkill
 def test_workers_end_when_the_main_process_is_killed():
     code = """
-import itertools, multiprocessing, fineweb
-for _ in fineweb.encode_in_processes(itertools.repeat(["text"]), 2):
-    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+import functools, itertools, multiprocessing, fineweb
+if __name__ == "__main__":
+    block = fineweb.Block(functools.partial(fineweb.large_strings, ["text"]), 0, 1.0)
+    options = fineweb.Options(tokenizer="tiktoken", processes=2)
+    for _ in fineweb.tokenize(itertools.repeat(block), options):
+        print(*[child.pid for child in multiprocessing.active_children()], flush=True)
 """
     main = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT)
     workers = [int(pid) for pid in main.stdout.readline().split()]
@@ -239,6 +526,7 @@ def test_manifest_says_what_the_shards_hold(corpus, tmp_path):
     assert manifest["tokens"] == len(reference(TEXTS))
     assert (manifest["source"], manifest["encoding"]) == ("local", "gpt2")
     assert (manifest["version"], manifest["shard_tokens"]) == (fineweb.VERSION, 64)
+    assert not any(manifest["next"].values())
 
 
 def test_same_input_elsewhere_gives_the_same_bytes(corpus, tmp_path):
@@ -255,6 +543,27 @@ def test_max_shards_keeps_the_first(corpus, tmp_path, max_shards):
     assert manifest_of(tmp_path / "out")["tokens"] == len(expected)
 
 
+def test_more_max_shards_extend_a_folder_to_what_one_run_makes(mixed, tmp_path, small_blocks):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    expected = prepare_local(mixed[0], whole)
+    for count in (1, 3, 4):
+        assert prepare_local(mixed[0], out, max_shards=count) == expected[: 16 + 64 * count]
+        before = {path: path.stat().st_mtime_ns for path in shard_paths(out)}
+    prepare_local(mixed[0], out)
+    assert contents(out) == contents(whole)
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # none was made again
+
+
+@pytest.mark.parametrize("max_shards", [1, 2, 3])
+def test_no_more_max_shards_than_there_are_is_already_there(corpus, tmp_path, capsys, max_shards):
+    prepare_local(corpus, tmp_path / "out", max_shards=3)
+    before = contents(tmp_path / "out")
+    capsys.readouterr()
+    prepare_local(corpus, tmp_path / "out", max_shards=max_shards)
+    assert capsys.readouterr().out.startswith("already there: ")
+    assert contents(tmp_path / "out") == before
+
+
 def test_input_too_small_to_train_on_is_refused_and_leaves_nothing(corpus, tmp_path):
     size = len(reference(TEXTS))
     with pytest.raises(UserError, match=f"{size:,} tokens, too few for --val_tokens={size}"):
@@ -263,13 +572,21 @@ def test_input_too_small_to_train_on_is_refused_and_leaves_nothing(corpus, tmp_p
     assert len(prepare_local(corpus, tmp_path / "out", val_tokens=size - 1)) == size
 
 
+@pytest.mark.parametrize("name", ["empty.txt", "empty.jsonl", "empty.parquet", "empty.jsonl.gz"])
+def test_input_without_text_is_refused_and_leaves_nothing(tmp_path, name):
+    WRITERS[name.removeprefix("empty.")](tmp_path / name, [])
+    with pytest.raises(UserError, match="the input gives 0 tokens, too few"):
+        prepare_local(tmp_path / name, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_second_run_says_already_there_and_writes_nothing(corpus, tmp_path, capsys):
     out = tmp_path / "out"
     prepare_local(corpus, out)
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     first = capsys.readouterr().out
     prepare_local(corpus, out, processes=2, tokenizer="tiktoken")
-    assert capsys.readouterr().out == "already there: " + first.split("\n", 1)[1]
+    assert capsys.readouterr().out == "already there: " + first[first.index(f"{out}: ") :]
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
@@ -301,18 +618,18 @@ def add_shard(corpus, out):
     np.save(out / "edufineweb_train_000999.npy", np.zeros(5, np.uint16))
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (change_input, r"made with input=1 files.* not 1 files"),
-        (remove_manifest, r"holds \d+ shards and no whole manifest.json"),
-        (cut_manifest, r"no whole manifest.json"),
-        (remove_shard, r"other shards than its manifest.json lists"),
-        (cut_shard, r"train_000003.npy is no whole .npy shard"),
-        (swap_shard, r"other shards than its manifest.json lists"),
-        (add_shard, r"other shards than its manifest.json lists"),
-    ],
-)
+CHANGES = [
+    (change_input, r"made with input=1 files.* not 1 files"),
+    (remove_manifest, r"holds \d+ shards and no manifest.json"),
+    (cut_manifest, r"no whole manifest.json"),
+    (remove_shard, r"other shards than its manifest.json lists"),
+    (cut_shard, r"train_000003.npy is no whole .npy shard"),
+    (swap_shard, r"train_000003.npy: manifest.json says 64 tokens, found 5"),
+    (add_shard, r"other shards than its manifest.json lists \(edufineweb_train_000999.npy\)"),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), CHANGES)
 def test_folder_with_other_shards_is_refused_and_kept(corpus, tmp_path, change, says):
     out = tmp_path / "out"
     prepare_local(corpus, out)
@@ -324,15 +641,37 @@ def test_folder_with_other_shards_is_refused_and_kept(corpus, tmp_path, change, 
     assert contents(out) == before
 
 
-@pytest.mark.parametrize("option", [{"shard_tokens": 65}, {"val_tokens": 17}, {"max_shards": 9}])
-def test_folder_made_with_other_options_is_refused(corpus, tmp_path, option):
-    prepare_local(corpus, tmp_path / "out")
-    before = contents(tmp_path / "out")
-    [(name, value)] = option.items()
-    with pytest.raises(UserError, match=f"made with {name}=.*, not {value}: delete the folder or"):
-        prepare_local(corpus, tmp_path / "out", **option)
+def assert_refuses_what_is_made_otherwise(corpus, out):
+    """Whoever wants other shards than are (to be) in a folder is told so, and nothing changes."""
+    before = contents(out)
+    for name, value in {"shard_tokens": 65, "val_tokens": 17, "text_column": "id"}.items():
+        with pytest.raises(UserError, match=f"made with {name}=.*, not {value}: delete the folder"):
+            prepare_local(corpus, out, **{name: value})
     with pytest.raises(UserError, match="made with source=local, not python-docs"):
-        fineweb.prepare(Options(source="python-docs", out_dir=str(tmp_path / "out")))
+        fineweb.prepare(Options(source="python-docs", out_dir=str(out)))
+    with pytest.raises(UserError, match=r"made with input=1 files.* not 1 files"):
+        prepare_local(write_jsonl(corpus.with_name("other.jsonl"), TEXTS), out)
+    for manifest in out.glob("manifest*.json"):
+        manifest.write_text(manifest.read_text().replace('"gpt2"', '"cl100k_base"'))
+    changed = contents(out)
+    with pytest.raises(UserError, match="made with encoding=cl100k_base, not gpt2: delete"):
+        prepare_local(corpus, out)
+    assert contents(out) == changed
+    for name, data in before.items():
+        (out / name).write_bytes(data)
+
+
+def test_folder_made_with_other_options_is_refused(corpus, tmp_path):
+    prepare_local(corpus, tmp_path / "out")
+    assert_refuses_what_is_made_otherwise(corpus, tmp_path / "out")
+
+
+def test_folder_of_another_version_of_the_tool_is_not_gone_on_with(corpus, tmp_path, monkeypatch):
+    prepare_local(corpus, tmp_path / "out", max_shards=1)
+    before = contents(tmp_path / "out")
+    monkeypatch.setattr(fineweb, "VERSION", fineweb.VERSION + 1)
+    with pytest.raises(UserError, match="made with version=1, not 2: delete"):
+        prepare_local(corpus, tmp_path / "out")
     assert contents(tmp_path / "out") == before
 
 
@@ -354,6 +693,23 @@ def test_error_in_mid_write_leaves_no_file_under_the_final_name(tmp_path):
     assert contents(tmp_path) == {"x.npy": b"new"}
 
 
+def test_every_file_is_synced_before_it_gets_its_name(corpus, tmp_path, monkeypatch):
+    synced, fsync, replace = set(), os.fsync, os.replace
+
+    def record(file):
+        fsync(file)
+        synced.add(os.fstat(file).st_ino)
+
+    def check(temporary, path):
+        assert os.stat(temporary).st_ino in synced
+        replace(temporary, path)
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(os, "replace", check)
+    prepare_local(corpus, tmp_path / "out")
+    assert {path.stat().st_ino for path in (tmp_path / "out").iterdir()} <= synced
+
+
 def test_report_counts_steps_of_an_epoch_rounded_up(capsys):
     sizes = [100_000_000] * 99 + [53_989_101]
     names = ["edufineweb_val_000000.npy", *["edufineweb_train_000001.npy"] * 99]
@@ -365,11 +721,575 @@ def test_report_counts_steps_of_an_epoch_rounded_up(capsys):
     assert second == "train on it: python train_gpt2.py --data_dir=there"
 
 
+def test_bar_counts_tokens_with_rate_and_what_is_left(corpus, tmp_path, monkeypatch, small_blocks):
+    class Shown(tqdm.tqdm):
+        def __init__(self, *args, **keys):
+            super().__init__(*args, **keys | dict(disable=False, file=screen, mininterval=0))
+
+    screen = io.StringIO()
+    monkeypatch.setattr(tqdm, "tqdm", Shown)
+    total = len(prepare_local(corpus, tmp_path / "out"))
+    bars = screen.getvalue().split("\r")
+    assert re.search(rf"100%.* {total / 1000:.2f}k/{total / 1000:.2f}k \[.*tokens/s\]", bars[-1])
+    foreseen = [re.search(r"/(\S+) \[\S+<(\S+),", bar) for bar in bars]
+    totals = [float(match[1].rstrip("k")) for match in foreseen if match and "k" in match[1]]
+    assert len(totals) > 10
+    assert all(0.5 * total < 1000 * guess < 2 * total for guess in totals)
+
+
+# ---------------------------------------------------------------- the disk
+
+
+def test_disk_without_room_is_one_error_before_anything_is_written(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"out needs \S+kB more, 1.00kB are free: free some, or"):
+        prepare_local(corpus, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_to_come_is_said_in_tokens_and_bytes(corpus, tmp_path, capsys):
+    total = len(prepare_local(corpus, tmp_path / "out"))
+    tokens, size = f"{total / 1000:.2f}k tokens", f"{2 * total / 1000:.2f}kB of shards"
+    assert f"to come: about {tokens}, {size}\n" in capsys.readouterr().out
+    prepare_local(corpus, tmp_path / "less", max_shards=1)
+    assert "to come: about 80.0 tokens, 160B of shards\n" in capsys.readouterr().out
+
+
+def test_room_is_asked_for_what_is_still_to_come(corpus, tmp_path, monkeypatch, small_blocks):
+    asked = []
+    monkeypatch.setattr(fineweb, "check_disk", lambda folder, size: asked.append(size))
+    total = len(prepare_local(corpus, tmp_path / "out", max_shards=5))
+    prepare_local(corpus, tmp_path / "out", max_shards=6)
+    whole, rest = asked
+    assert whole == 2 * total
+    assert 2 * 64 <= rest <= 2 * 64 + 2 * 100  # a block is the least to go on from
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_disk_that_fills_up_ends_in_one_line_and_can_go_on(corpus, tmp_path, end_of_command):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    prepare_local(corpus, whole)
+    out.mkdir()
+    shard = "edufineweb_train_000003.npy"
+    (out / f".{shard}.{os.getpid()}.tmp").symlink_to("/dev/full")
+    code, _, err = end_of_command(*flags(local(corpus, out)))
+    assert code == 2 and re.fullmatch(r"error: .*No space left.*: free some space and .*\n", err)
+    assert shard not in contents(out)
+    assert end_of_command(*flags(local(corpus, out)))[0] == 0
+    assert contents(out) == contents(whole)
+
+
+FILL_A_DISK = """
+mount -t tmpfs -o size=1m tmpfs "$1" || exit 77
+cd "$1"; shift
+"$@" 2> "$ERRORS"; echo $? >> "$ERRORS"; ls -A out >> "$ERRORS"
+mount -o remount,size=100m . && "$@" && cp -r out "$RESULT"
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a disk of its own")
+def test_real_full_disk_in_the_middle_of_a_shard(tmp_path):
+    texts = ["one two three four " * 1000] * 300  # 2.4 MB of shards
+    corpus, errors, result = tmp_path / "x.jsonl", tmp_path / "errors", tmp_path / "result"
+    expected = prepare_local(write_jsonl(corpus, texts), tmp_path / "whole", shard_tokens=200_000)
+    (tmp_path / "disk").mkdir()
+    code = "import fineweb; fineweb.check_disk = print; fineweb.run(fineweb.main)"
+    options = flags(local(corpus, "out", shard_tokens=200_000))
+    line = ["unshare", "-rm", "sh", "-c", FILL_A_DISK, "sh", tmp_path / "disk", sys.executable]
+    env = os.environ | {"ERRORS": str(errors), "RESULT": str(result), "PYTHONPATH": str(ROOT)}
+    if not shutil.which("unshare"):
+        pytest.skip("needs unshare")
+    made = subprocess.run([*line, "-c", code, *options], env=env, capture_output=True, text=True)
+    if not errors.exists():
+        pytest.skip(f"cannot mount a disk of its own: {made.stderr}")
+    message, code, *names = errors.read_text().splitlines()
+    assert message.startswith("error: ") and "No space left" in message and code == "2"
+    shards = ["edufineweb_train_000001.npy", "edufineweb_train_000002.npy"]
+    assert names == [*shards, "edufineweb_val_000000.npy", fineweb.PARTIAL.format(0)]
+    assert stream(result) == expected
+    assert contents(result) == contents(tmp_path / "whole")
+
+
+# ---------------------------------------------------------------- interruptions
+
+
+class Killed(Exception):
+    """Stands for the end of a process."""
+
+
+def owner_of(path, world):
+    """The rank that writes this file of an output folder."""
+    if (number := fineweb.shard_number(Path(path).name)) >= 0:
+        return number // (1_000_000 // world)
+    match = re.fullmatch(r"manifest\.partial\.(\d+)\.json", Path(path).name)
+    return int(match[1]) if match else 0
+
+
+@contextlib.contextmanager
+def killed_at(step, after, rank=0, world=1):
+    """End a rank at its `step`-th change of the folder, before or after it.
+
+    A change is the renaming of a shard or manifest to its name, and the deletion of a manifest.
+    """
+    steps, replace, unlink = itertools.count(1), os.replace, Path.unlink
+
+    def change(owner, act, *args, **keys):
+        now = next(steps) if owner == rank else 0
+        if now > step or (now == step and not after):  # the dead change nothing
+            raise Killed
+        act(*args, **keys)
+        if now == step:
+            raise Killed
+
+    def replacing(temporary, path):
+        change(owner_of(path, world), replace, temporary, path)
+
+    def unlinking(path, missing_ok=False):
+        deleter = 0 if path.name.startswith("manifest") else None
+        change(deleter, unlink, path, missing_ok=missing_ok)
+
+    with patched((os, "replace", replacing), (Path, "unlink", unlinking)):
+        yield
+
+
+def interrupted(options, step, after):
+    """Whether a run with these options was killed at a step, before it could end."""
+    try:
+        with killed_at(step, after):
+            fineweb.prepare(options)
+    except Killed:
+        return True
+    return False
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    kills=st.lists(st.tuples(st.integers(1, 25), st.booleans()), min_size=1, max_size=4),
+    block_bytes=st.sampled_from([30, 100, 100_000]),
+    max_shards=st.sampled_from([0, 0, 4, 7]),
+    tokenizer=st.sampled_from(TOKENIZERS),
+)
+def test_killed_anywhere_and_started_again_ends_with_the_same_bytes(
+    mixed, kills, block_bytes, max_shards, tokenizer
+):
+    with quick_folder() as folder, patched((fineweb, "BLOCK_BYTES", block_bytes)):
+        common = dict(max_shards=max_shards, tokenizer=tokenizer)
+        prepare_local(mixed[0], folder / "whole", **common)
+        options = local(mixed[0], folder / "out", **common)
+        for step, after in kills:
+            interrupted(options, step, after)
+        fineweb.prepare(options)
+        assert contents(folder / "out") == contents(folder / "whole")
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_killed_at_every_change_one_after_the_other(
+    mixed, tmp_path, small_blocks, tokenizer, after
+):
+    options = local(mixed[0], tmp_path / "out", tokenizer=tokenizer, shard_tokens=150)
+    with patched((os, "fsync", lambda file: None)):
+        fineweb.prepare(local(mixed[0], tmp_path / "whole", shard_tokens=150))
+        kills = 0
+        while interrupted(options, step=3 if after else 4, after=after):
+            kills += 1
+    assert kills > 5
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_goes_on_from_the_last_finished_shard(corpus, tmp_path, small_blocks, capsys):
+    options = local(corpus, tmp_path / "out")
+    assert interrupted(options, step=12, after=True)
+    made = {path: path.stat().st_mtime_ns for path in shard_paths(tmp_path / "out")}
+    listed = json.loads((tmp_path / "out" / fineweb.PARTIAL.format(0)).read_text())["shards"]
+    assert len(made) - 1 <= len(listed) >= 4
+    capsys.readouterr()
+    fineweb.prepare(options)
+    assert f"going on after {len(listed)} shards\n" in capsys.readouterr().out
+    kept = list(made)[: len(listed)]
+    assert all(path.stat().st_mtime_ns == made[path] for path in kept)
+
+
+@pytest.fixture
+def unfinished(corpus, tmp_path, small_blocks):
+    """A folder whose making was stopped after some shards."""
+    assert interrupted(local(corpus, tmp_path / "out"), step=9, after=True)
+    return tmp_path / "out"
+
+
+def test_unfinished_folder_is_not_trained_on(unfinished):
+    for split in ("train", "val"):
+        with pytest.raises(UserError, match=f"{unfinished}/ are not all there.*run the same"):
+            train_gpt2.TokenShards(str(unfinished), split)
+
+
+def test_extending_folder_is_not_trained_on_before_its_end(corpus, tmp_path, small_blocks):
+    out = tmp_path / "out"
+    prepare_local(corpus, out, max_shards=2)
+    assert len(train_gpt2.TokenShards(str(out), "train")) == 2 * 64
+    assert interrupted(local(corpus, out), step=6, after=False)
+    with pytest.raises(UserError, match="are not all there yet"):
+        train_gpt2.TokenShards(str(out), "train")
+
+
+def test_unfinished_folder_made_with_other_options_is_refused(corpus, unfinished):
+    assert_refuses_what_is_made_otherwise(corpus, unfinished)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (remove_shard, r"other shards than its manifest.json lists"),
+        (cut_shard, r"train_000003.npy is no whole .npy shard"),
+        (swap_shard, r"train_000003.npy: manifest.json says 64 tokens, found 5"),
+    ],
+)
+def test_unfinished_folder_with_a_damaged_shard_is_refused(corpus, unfinished, change, says):
+    change(corpus, unfinished)
+    before = contents(unfinished)
+    with pytest.raises(UserError, match=says):
+        prepare_local(corpus, unfinished)
+    assert contents(unfinished) == before
+
+
+def test_unfinished_folder_with_a_cut_manifest_is_refused(corpus, unfinished):
+    os.truncate(unfinished / fineweb.PARTIAL.format(0), 100)
+    before = contents(unfinished)
+    with pytest.raises(UserError, match=r"no whole manifest\.partial\.0\.json: delete the folder"):
+        prepare_local(corpus, unfinished)
+    assert contents(unfinished) == before
+
+
+@pytest.mark.parametrize("max_shards", [1, 2])
+def test_fewer_max_shards_end_an_unfinished_folder(corpus, unfinished, max_shards):
+    made = stream(unfinished)
+    tokens = prepare_local(corpus, unfinished, max_shards=max_shards)
+    assert not list(unfinished.glob(fineweb.PARTIAL.format("*")))
+    assert len(tokens) >= 16 + 64 * max_shards and tokens == made[: len(tokens)]
+    train_gpt2.TokenShards(str(unfinished), "train")
+
+
+def test_fewer_max_shards_after_a_kill_between_shard_and_manifest(corpus, tmp_path, small_blocks):
+    assert interrupted(local(corpus, tmp_path / "out"), step=8, after=True)  # the rename of train 3
+    listed = json.loads((tmp_path / "out" / fineweb.PARTIAL.format(0)).read_text())["shards"]
+    assert len(shard_paths(tmp_path / "out")) == len(listed) + 1 == 4
+    tokens = prepare_local(corpus, tmp_path / "out", max_shards=2)
+    assert tokens == reference(TEXTS)[: 16 + 64 * 2]
+
+
+def kill_and_restart(line, out, moments):
+    """Run a command to its end, killed by SIGKILL when that many shards are there."""
+    for moment in moments:
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, start_new_session=True)
+        while process.poll() is None and len(shard_paths(out)) < moment:
+            time.sleep(0.001)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait(timeout=60) == -signal.SIGKILL  # it was not at its end
+    subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
+
+
+def python_docs_to(out, **options):
+    """The command that makes shards of python-docs, many of them, in a folder."""
+    options = Options("python-docs", out_dir=str(out), val_tokens=900, **options)
+    return [sys.executable, str(ROOT / "fineweb.py"), *flags(options)]
+
+
+def local_to(path, out, **options):
+    return [sys.executable, str(ROOT / "fineweb.py"), *flags(local(path, out, **options))]
+
+
+@pytest.fixture
+def many_lines(tmp_path):
+    return write_jsonl(tmp_path / "x.jsonl", [f"{i} {text}" for i, text in enumerate(TEXTS * 9)])
+
+
+@with_sigkill
+def test_command_killed_at_random_moments_ends_with_the_same_bytes(many_lines, tmp_path):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    prepare_local(many_lines, whole, shard_tokens=50)
+    total = len(shard_paths(whole))
+    assert total > 250
+    line = local_to(many_lines, out, shard_tokens=50, tokenizer="tiktoken")
+    kill_and_restart(line, out, sorted(random.sample(range(total - 30), 3)))
+    assert contents(out) == contents(whole)
+
+
+@with_sigkill
+@pytest.mark.slow
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_command_with_processes_killed_often_ends_with_the_same_bytes(tmp_path, tokenizer):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    options = dict(shard_tokens=700, tokenizer=tokenizer, processes=2)
+    subprocess.run(python_docs_to(whole, shard_tokens=700, tokenizer="tiktoken"), check=True)
+    total = len(shard_paths(whole))
+    assert total > 500
+    moments = sorted(random.sample(range(total - 40), 5))
+    kill_and_restart(python_docs_to(out, **options), out, moments)
+    assert contents(out) == contents(whole)
+
+
+# ---------------------------------------------------------------- --verify
+
+
+def flip_a_byte(out):
+    path = out / "edufineweb_train_000002.npy"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+def list_shard_as(name):
+    def change(out):
+        manifest = manifest_of(out)
+        manifest["shards"][1]["file"] = name.format(out=out)
+        (out / "manifest.json").write_text(json.dumps(manifest))
+
+    return change
+
+
+DAMAGES = {
+    "flipped": (flip_a_byte, r"train_000002.npy was changed: manifest.json says sha256 \w{16}, f"),
+    "cut": (lambda out: cut_shard("", out), "train_000003.npy is no whole .npy shard"),
+    "swapped": (lambda out: swap_shard("", out), "train_000003.npy: manifest.json says 64 tokens"),
+    "missing": (
+        lambda out: remove_shard("", out),
+        r"than its manifest.json lists \(.*train_000003",
+    ),
+    "extra": (lambda out: add_shard("", out), r"than its manifest.json lists \(.*train_000999"),
+    "no manifest": (
+        lambda out: remove_manifest("", out),
+        "out holds no manifest.json: nothing says",
+    ),
+    "cut manifest": (lambda out: cut_manifest("", out), "no whole manifest.json"),
+    "no JSON": (lambda out: (out / "manifest.json").write_text("[]"), "no whole manifest.json"),
+    "parent": (list_shard_as("../edufineweb_train_000001.npy"), "no whole manifest.json"),
+    "absolute": (list_shard_as("{out}/edufineweb_train_000001.npy"), "no whole manifest.json"),
+    "deeper": (list_shard_as("a/edufineweb_train_000001.npy"), "no whole manifest.json"),
+    "foreign": (list_shard_as("manifest.json"), "no whole manifest.json"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_verify_names_what_is_not_as_it_was_made(mixed, tmp_path, end_of_command, damage):
+    out = tmp_path / "out"
+    prepare_local(mixed[0], out)
+    shutil.copy(out / "edufineweb_train_000001.npy", tmp_path)
+    change, says = DAMAGES[damage]
+    change(out)
+    before = contents(out)
+    code, said, error = end_of_command("--verify", out)
+    assert (code, said) == (2, "")
+    assert re.fullmatch(f"error: .*{says}.*\n", error) and str(out) in error
+    assert contents(out) == before
+
+
+def test_verify_of_a_good_folder_says_so_and_changes_nothing(corpus, tmp_path, end_of_command):
+    out = tmp_path / "out"
+    total = len(prepare_local(corpus, out))
+    before = contents(out)
+    said = f"{out}: {len(before) - 1} shards, {total:,} tokens, all as manifest.json says\n"
+    assert end_of_command(f"--verify={out}") == (0, said, "")
+    assert contents(out) == before
+
+
+def test_verify_of_no_folder_says_so(tmp_path, end_of_command):
+    code, _, error = end_of_command("--verify", tmp_path / "none")
+    assert code == 2 and "none holds no manifest.json" in error
+
+
+# ---------------------------------------------------------------- several ranks
+
+
+def make_ranks(world):
+    """fineweb.Ranks for each rank of a torchrun of this many, in threads instead of processes."""
+    meeting, values = threading.Barrier(world), [None] * world
+
+    class Rank(fineweb.Ranks):
+        def gather(self, value=None):
+            values[self.rank] = copy.deepcopy(value)
+            meeting.wait(20)
+            gathered = list(values)
+            meeting.wait(20)
+            return gathered
+
+        abort = meeting.abort
+
+    def make(rank):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RANK", str(rank))
+            patch.setenv("WORLD_SIZE", str(world))
+            patch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+            return Rank()
+
+    return [make(rank) for rank in range(world)]
+
+
+def prepare_in_ranks(world, options):
+    """fineweb.prepare, as torchrun would run it; where one rank fails, the others end too."""
+    own, errors, open_npy = threading.local(), [], fineweb._open_npy
+
+    def open_again(path):  # numpy's reader uses ast, which Python 3.11's threads may trip over
+        while True:
+            with contextlib.suppress(SystemError):
+                return open_npy(path)
+
+    def work(ranks):
+        own.ranks = ranks
+        try:
+            fineweb.prepare(options)
+        except threading.BrokenBarrierError:
+            pass
+        except Exception as error:
+            errors.append(error)
+            ranks.abort()
+
+    members = make_ranks(world)
+    changes = (fineweb, "Ranks", lambda: own.ranks), (fineweb, "_open_npy", open_again)
+    with patched(*changes), ThreadPoolExecutor(world) as pool:
+        list(pool.map(work, members))
+    if errors:
+        raise errors[0]
+
+
+def interrupted_ranks(world, options, step, after, rank):
+    try:
+        with killed_at(step, after, rank, world):
+            prepare_in_ranks(world, options)
+    except Killed:
+        return True
+    return False
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=30), st.integers(1, 9))
+def test_ranks_take_all_files_in_order_each_a_run_of_them(sizes, world):
+    parts = [ranks.files(sizes) for ranks in make_ranks(world)]
+    assert [file for part in parts for file in part] == list(range(len(sizes)))
+    fair = sum(sizes) / world
+    assert all(sum(sizes[i] for i in part) < fair + max(sizes) for part in parts)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 40), st.integers(1, 9))
+def test_ranks_share_max_shards(max_shards, world):
+    members = make_ranks(world)
+    options = Options(shard_tokens=7, val_tokens=3, max_shards=max_shards)
+    parts = [ranks.shard_sizes(options) for ranks in members]
+    sizes = [size for part in parts for size in part]
+    assert sizes[0] == 3 and set(sizes[1:]) <= {7}
+    assert len(sizes) == 1 + max_shards if max_shards else len(sizes) == world * members[0].numbers
+    for ranks, part in zip(members, parts, strict=True):
+        last = {"file": f"edufineweb_train_{ranks.first_shard + len(part) - 1:06d}.npy"}
+        assert ranks.owns(last) or not part
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(0, 40), st.integers(1, 9))
+def test_more_max_shards_take_none_from_a_rank(fewer, more, world):
+    counts = [
+        [len(ranks.shard_sizes(Options(max_shards=max_shards))) for ranks in make_ranks(world)]
+        for max_shards in (fewer, fewer + more)
+    ]
+    assert all(a <= b for a, b in zip(*counts, strict=True))
+
+
+@settings(deadline=None, max_examples=30)
+@given(world=st.integers(2, 8), shard_tokens=st.integers(10, 300))
+def test_ranks_together_make_the_documents_of_one_process(mixed, world, shard_tokens):
+    with quick_folder() as folder:
+        options = local(mixed[0], folder / "out", shard_tokens=shard_tokens)
+        prepare_in_ranks(world, options)
+        assert stream(folder / "out") == reference(mixed[1])
+        others = [path.name for path in (folder / "out").iterdir() if path.suffix != ".npy"]
+        assert others == ["manifest.json"]
+        manifest = manifest_of(folder / "out")
+        assert manifest["tokens"] == len(reference(mixed[1]))
+        assert manifest["documents"] == len(mixed[1]) and manifest["ranks"] == world
+        fineweb.verify(folder / "out")
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    kills=st.lists(
+        st.tuples(st.integers(1, 16), st.booleans(), st.integers(0, 2), st.sampled_from([0, 2, 5])),
+        min_size=1,
+        max_size=4,
+    ),
+    world=st.integers(2, 3),
+)
+def test_ranks_killed_anywhere_and_started_again_end_with_the_same_bytes(mixed, kills, world):
+    with quick_folder() as folder, patched((fineweb, "BLOCK_BYTES", 100)):
+        prepare_in_ranks(world, local(mixed[0], folder / "whole", shard_tokens=100))
+        for step, after, rank, max_shards in kills:
+            options = local(mixed[0], folder / "out", shard_tokens=100, max_shards=max_shards)
+            interrupted_ranks(world, options, step, after, rank % world)
+        prepare_in_ranks(world, local(mixed[0], folder / "out", shard_tokens=100))
+        assert stream(folder / "out") == reference(mixed[1])
+        assert contents(folder / "out") == contents(folder / "whole")
+
+
+def test_rank_that_was_done_before_an_interruption_is_not_begun_anew(mixed, tmp_path, small_blocks):
+    options = local(mixed[0], tmp_path / "out")
+    prepare_in_ranks(2, local(mixed[0], tmp_path / "whole"))
+    prepare_in_ranks(2, local(mixed[0], tmp_path / "out", max_shards=2))
+    assert interrupted_ranks(2, options, step=1, after=False, rank=0)  # rank 1 makes all of its own
+    prepare_in_ranks(2, options)
+    assert stream(tmp_path / "out") == reference(mixed[1])
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_folder_begun_by_another_number_of_ranks_is_refused(mixed, tmp_path, small_blocks):
+    out = tmp_path / "out"
+    assert interrupted_ranks(2, local(mixed[0], out), step=7, after=False, rank=1)
+    before = contents(out)
+    for world in (1, 3):
+        with pytest.raises(UserError, match=f"begun by 2 processes, not {world}: go on with as"):
+            prepare_in_ranks(world, local(mixed[0], out))
+    assert contents(out) == before
+    prepare_in_ranks(2, local(mixed[0], out))
+    with pytest.raises(UserError, match="made with shard_tokens=64, not 65"):
+        prepare_in_ranks(3, local(mixed[0], out, shard_tokens=65))
+    before = contents(out)
+    prepare_local(mixed[0], out)  # all there: nothing to be divided
+    assert contents(out) == before
+
+
+def test_one_rank_without_room_ends_all_before_anything_is_written(mixed, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match="are free: free some"):
+        prepare_in_ranks(2, local(mixed[0], tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def torchrun(options):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    line = [sys.executable, *launch, str(ROOT / "fineweb.py"), *flags(options)]
+    return subprocess.run(line, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_torchrun_makes_the_documents_of_one_process(mixed, tmp_path, begun):
+    options = local(mixed[0], tmp_path / "out")
+    if begun:  # and was killed
+        assert interrupted_ranks(2, options, step=9, after=True, rank=1)
+        assert list((tmp_path / "out").glob(fineweb.PARTIAL.format("*")))
+    made = torchrun(options)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.count("train on it: ") == 1
+    assert stream(tmp_path / "out") == reference(mixed[1])
+    prepare_in_ranks(2, local(mixed[0], tmp_path / "whole"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_torchrun_says_a_mistake_once(tmp_path):
+    made = torchrun(local(tmp_path / "none.txt", tmp_path / "out"))
+    assert made.returncode == 1
+    assert made.stderr.count("error: --input=") == 1 and not (tmp_path / "out").exists()
+
+
 # ---------------------------------------------------------------- local files
-
-
-def zstd(data):
-    return pyarrow.compress(data, "zstd", asbytes=True)
 
 
 def test_local_reads_every_kind_in_order_of_names(tmp_path):
@@ -383,8 +1303,7 @@ def test_local_reads_every_kind_in_order_of_names(tmp_path):
     (folder / "4.jsonl.gz").write_bytes(gzip.compress(packed[:50]) + gzip.compress(packed[50:]))
     (folder / "5.jsonl.zst").write_bytes(zstd(packed[:50]) + zstd(packed[50:]))
     (folder / "6.txt.gz").write_bytes(gzip.compress(b"zipped"))
-    table = pyarrow.table({"n": [1, 2, 3], "text": ["row one", None, "row three"]})
-    pyarrow.parquet.write_table(table, folder / "7.parquet")
+    write_parquet(folder / "7.parquet", ["row one", None, "row three"])
     (folder / "8.csv").write_text("not,read")
     (folder / "sub" / "9.txt").write_text("deep")
     texts = [json.loads(line)["text"] for line in lines]
@@ -423,40 +1342,152 @@ def parquet_bytes(table):
         return Path(folder, "x").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("name", "data", "says"),
-    [
-        ("x.jsonl", GOOD * 2 + b"{oops\n" + GOOD, r"x.jsonl, line 3 is no JSON .*mend it"),
-        (
-            "x.jsonl",
-            GOOD + b'{"body": "b", "id": 1}\n',
-            "line 2 has no 'text' but body, id: see --",
-        ),
-        ("x.jsonl", GOOD + b'["text"]\n', "line 2 has no 'text' but list: see --text_column"),
-        ("x.jsonl", GOOD + b'{"text": 7}\n', "line 2: expected text, found int: see --text_column"),
-        ("x.jsonl", GOOD + b'{"text": "\xe9"}\n', r"line 2, byte 11: not UTF-8.*convert"),
-        ("x.txt", "été\nde\n".encode() + b"l'\xe9t\xe9", r"x.txt, line 3, byte 3: not UTF-8"),
-        ("x.jsonl.gz", gzip.compress(GOOD * 999)[:-20], r"cannot read .*x.jsonl.gz"),
-        ("x.jsonl.gz", GOOD, r"cannot read .*x.jsonl.gz"),
-        ("x.jsonl.zst", zstd(GOOD * 999)[:-3], r"cannot read .*x.jsonl.zst"),
-        ("x.parquet", parquet_bytes(COLUMN), "x.parquet has no 'text' but body: see --text_column"),
-        ("x.parquet", parquet_bytes(NUMBERS), "x.parquet: expected text, found int"),
-        ("x.parquet", parquet_bytes(COLUMN)[:-9], "x.parquet is no whole .parquet file"),
-        ("x.csv", b"a,b", r"none of the 1 files there ends \.txt, \.md, \.jsonl, \.parquet"),
-    ],
-)
-def test_bad_input_is_one_error_that_says_where(tmp_path, name, data, says):
+BAD_INPUT = [
+    ("x.jsonl", GOOD * 2 + b"{oops\n" + GOOD, r"x.jsonl, line 3 is no JSON .*mend it"),
+    ("x.jsonl", GOOD + b'{"body": "b", "id": 1}\n', "line 2 has no 'text' but body, id: see --"),
+    ("x.jsonl", GOOD + b'["text"]\n', "line 2 has no 'text' but list: see --text_column"),
+    ("x.jsonl", GOOD + b'{"text": 7}\n', "line 2: expected text, found int: see --text_column"),
+    ("x.jsonl", GOOD + b'{"text": "\xe9"}\n', r"line 2, byte 11: not UTF-8.*convert"),
+    ("x.jsonl", GOOD * 9 + b"\n" * 9 + b"{", r"x.jsonl, line 19 is no JSON"),
+    ("x.jsonl", GOOD + b'{"text": "a\nb"}\n', r"line 2 is no JSON"),
+    ("x.txt", "été\nde\n".encode() + b"l'\xe9t\xe9", r"x.txt, line 3, byte 12 of the file: not"),
+    ("x.txt", b"one two\n" * 99 + b"caf\xe9", "line 100, byte 796 of the file: not UTF-8"),
+    ("x.md", b"\xff\xfea\0", "x.md, line 1, byte 1 of the file: not UTF-8 .*convert or remove it"),
+    ("x.txt.gz", gzip.compress(b"a\n" * 99 + b"\xe9 "), "x.txt.gz, line 100, byte 199 of the file"),
+    ("x.jsonl.gz", gzip.compress(GOOD * 999)[:-20], r"cannot read .*x.jsonl.gz"),
+    ("x.jsonl.gz", GOOD, r"cannot read .*x.jsonl.gz"),
+    ("x.jsonl.zst", zstd(GOOD * 999)[:-3], r"cannot read .*x.jsonl.zst"),
+    ("x.parquet", parquet_bytes(COLUMN), "x.parquet has no 'text' but body: see --text_column"),
+    ("x.parquet", parquet_bytes(NUMBERS), "x.parquet: expected text, found int"),
+    ("x.parquet", parquet_bytes(COLUMN)[:-9], "x.parquet is no whole .parquet file"),
+    ("x.parquet", b"", "x.parquet is no whole .parquet file"),
+    ("x.csv", b"a,b", r"none of the 1 files there ends \.txt, \.md, \.jsonl, \.parquet"),
+]
+
+
+@pytest.mark.parametrize("block_bytes", [20, 1 << 23])
+@pytest.mark.parametrize(("name", "data", "says"), BAD_INPUT)
+def test_bad_input_is_one_error_that_says_where(
+    tmp_path, monkeypatch, name, data, says, block_bytes
+):
+    monkeypatch.setattr(fineweb, "BLOCK_BYTES", block_bytes)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / name).write_bytes(data)
     with pytest.raises(UserError, match=says) as error:
         prepare_local(tmp_path / "in", tmp_path / "out", val_tokens=100_000)
     assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_first_line_that_is_null_is_one_error(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b"null\n" + GOOD * 99)
+    made = command(*flags(local(tmp_path / "x.jsonl", tmp_path / "out")))
+    assert made.returncode == 2
+    assert re.fullmatch(r"error: .*line 1 has no 'text' but NoneType: .*\n", made.stderr)
 
 
 @pytest.mark.parametrize("given", ["missing.txt", "missing/", "none*.txt"])
 def test_missing_input_is_named(tmp_path, given):
     with pytest.raises(UserError, match=re.escape(f"{given}: no file that ends .txt")):
         prepare_local(tmp_path / given if given != "missing/" else given, tmp_path / "out")
+
+
+# ---------------------------------------------------------------- .jsonl, by Arrow and by Python
+
+
+def refuse(*args):
+    raise pyarrow.ArrowInvalid("no")
+
+
+json_values = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), tricky_text, any_text),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(any_text, inner, max_size=3),
+    max_leaves=6,
+)
+json_texts = st.one_of(st.none(), tricky_text, any_text)
+
+
+@st.composite
+def json_lines(draw):
+    """A line of .jsonl that has a text, among other fields, perhaps more than once."""
+    names = draw(st.lists(st.one_of(st.just("text"), st.just("id"), any_text), max_size=4))
+    pairs = [(name, draw(json_values)) for name in names] + [("text", draw(json_texts))]
+    others = draw(st.dictionaries(any_text, json_values, max_size=2))
+    pairs += [(name, value) for name, value in others.items() if name != "text"]
+    fields = ", ".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in pairs)
+    line = draw(st.sampled_from(["", " ", "\ufeff"])) + "{" + fields + "}"
+    if draw(st.booleans()):  # the characters themselves, but for those that have no UTF-8
+        escaped = r"\\u(?!00[01]|0022|005c|d[89a-f])[0-9a-f]{4}"
+        line = re.sub(escaped, lambda match: json.loads(f'"{match[0]}"'), line)
+    return line
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    lines=st.lists(st.one_of(json_lines(), st.sampled_from(["", " ", "\t"])), min_size=1),
+    end=st.sampled_from(["\n", "\r\n"]),
+    last=st.booleans(),
+)
+@example(lines=['{"text": "a", "n": NaN}', '{"text": "\\ud83d\\ude00 \\u0000"}'], end="\n", last=0)
+@example(lines=['{"text": "a", "text": "b"}', '{"te\\u0078t": "b"}'], end="\r\n", last=1)
+def test_arrow_and_python_read_the_same_texts_from_lines(lines, end, last):
+    data = (end.join(lines) + end * last).encode()
+    count = data.count(b"\n") + (not data.endswith(b"\n"))
+    made = fineweb.parse_lines(data, count, "text", "x", 0).to_pylist()
+    with patched((pyarrow.json, "read_json", refuse)):
+        assert fineweb.parse_lines(data, count, "text", "x", 0).to_pylist() == made
+    records = [json.loads(line.removeprefix("\ufeff")) for line in lines if line.strip()]
+    assert reference(made) == reference([record["text"] for record in records])
+
+
+def test_ordinary_lines_are_read_by_arrow_alone(monkeypatch):
+    monkeypatch.setattr(fineweb, "parse_line", None)
+    odd = ["", "\0", 'quote " and \\', "😀 été", "\u2028"]
+    data = jsonl([*TEXTS, *odd])
+    made = fineweb.parse_lines(data, len(TEXTS + odd), "text", "x", 0)
+    assert made.to_pylist() == TEXTS + odd
+
+
+# ---------------------------------------------------------------- .parquet
+
+
+def texts_from(path, skip=0):
+    blocks = list(fineweb.read_file(path, "text", skip))
+    return blocks, [text for block in blocks for text in block.load().to_pylist()]
+
+
+KINDS = [pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary("int32", pyarrow.string())]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, pyarrow.string_view()], ids=str)
+def test_columns_of_every_kind_of_text_are_read_and_null_is_empty(tmp_path, kind, small_blocks):
+    texts = [None if i % 5 == 2 else f"row {i % 7} é" for i in range(50)]
+    column = pyarrow.array(texts, pyarrow.string()).cast(kind)
+    path = write_parquet(tmp_path / "x.parquet", column, row_group_size=20)
+    blocks, made = texts_from(path)
+    assert len(blocks) > 3 and made == [text or "" for text in texts]
+    assert prepare_local(path, tmp_path / "out") == reference(texts)
+
+
+def test_large_row_group_is_read_in_batches_and_gone_on_with_at_each(tmp_path, small_blocks):
+    texts = [f"row {i} of one group" for i in range(200)]
+    path = write_parquet(tmp_path / "x.parquet", texts)
+    assert pyarrow.parquet.ParquetFile(path).num_row_groups == 1
+    blocks, made = texts_from(path)
+    assert len(blocks) > 20 and made == texts
+    assert blocks[-1].share == 1.0 and blocks[0].share < 0.1
+    for block in blocks:
+        rest, made = texts_from(path, block.start)
+        assert made == texts[block.start :] and rest[0].start == block.start
+
+
+@pytest.mark.parametrize("step", [5, 8, 11])
+def test_killed_inside_a_row_group_ends_with_the_same_bytes(tmp_path, small_blocks, step):
+    path = write_parquet(tmp_path / "x.parquet", TEXTS, row_group_size=25)
+    prepare_local(path, tmp_path / "whole")
+    assert interrupted(local(path, tmp_path / "out"), step, after=False)
+    prepare_local(path, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 # ---------------------------------------------------------------- python-docs
@@ -503,18 +1534,24 @@ class Hub:
     """A folder that plays the hub: the functions fineweb.py calls, and a record of the calls."""
 
     def __init__(self, folder):
-        self.folder, self.fetched = folder, []
+        self.folder, self.fetched, self.commit, self.sums = folder, [], "c0ffee", {}
         folder.mkdir()
 
-    def dataset_info(self, dataset, revision):
+    def dataset_info(self, dataset, revision, files_metadata):
+        assert files_metadata
         self.asked = dataset, revision
-        files = [path for path in self.folder.rglob("*") if path.is_file()]
-        names = [path.relative_to(self.folder).as_posix() for path in files]
-        random.Random(0).shuffle(names)
-        return SimpleNamespace(sha="c0ffee", siblings=[SimpleNamespace(rfilename=n) for n in names])
+        files = [self.about(path) for path in self.folder.rglob("*") if path.is_file()]
+        random.Random(0).shuffle(files)
+        return SimpleNamespace(sha=self.commit, siblings=files)
+
+    def about(self, path):
+        name, data = path.relative_to(self.folder).as_posix(), path.read_bytes()
+        sha256 = self.sums.get(name, hashlib.sha256(data).hexdigest())
+        lfs = None if path.suffix in (".md", "") else SimpleNamespace(sha256=sha256)
+        return SimpleNamespace(rfilename=name, size=len(data), lfs=lfs)
 
     def hf_hub_download(self, dataset, name, *, repo_type, revision, local_dir):
-        assert (repo_type, revision) == ("dataset", "c0ffee")
+        assert (repo_type, revision) == ("dataset", self.commit)
         self.fetched.append(name)
         if local_dir is None:
             return str(self.folder / name)
@@ -527,6 +1564,7 @@ def hub(tmp_path, monkeypatch):
     hub = Hub(tmp_path / "hub")
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.hf_hub_download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     return hub
 
 
@@ -535,8 +1573,11 @@ def fill_with_parquet(hub):
         path = hub.folder / f"{name}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         texts = TEXTS[20 * index : 20 * index + 20]
-        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=7)
+        write_parquet(path, texts, row_group_size=7)
     (hub.folder / "README.md").write_text("# about")
+
+
+SAMPLE = ["sample/10BT/000.parquet", "sample/10BT/001.parquet"]
 
 
 def prepare_hub(out_dir, **options):
@@ -548,7 +1589,7 @@ def test_fineweb_edu_reads_the_parquet_files_of_its_subset(hub, tmp_path):
     prepare_hub(tmp_path / "out", shard_tokens=50)
     assert stream(tmp_path / "out") == reference(TEXTS[:40])
     assert hub.asked == ("HuggingFaceFW/fineweb-edu", "main")
-    assert hub.fetched == ["sample/10BT/000.parquet", "sample/10BT/001.parquet"]
+    assert hub.fetched == SAMPLE
     manifest = manifest_of(tmp_path / "out")
     assert manifest["dataset"] == "HuggingFaceFW/fineweb-edu@main"
     assert manifest["revision"] == "c0ffee"
@@ -565,12 +1606,64 @@ def test_finished_folder_needs_no_network(hub, tmp_path, capsys):
     assert hub.fetched == [] and not hasattr(hub, "asked")
 
 
-def test_fineweb_edu_fetches_no_more_files_than_max_shards_need(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(fineweb, "BATCH_CHARACTERS", 100)
+def test_fineweb_edu_fetches_no_more_files_than_max_shards_need(
+    hub, tmp_path, small_blocks, monkeypatch
+):
+    monkeypatch.setattr(fineweb, "AHEAD", 0)  # of Blocks that are read early
     fill_with_parquet(hub)
     prepare_hub(tmp_path / "out", shard_tokens=50, max_shards=1)
     assert stream(tmp_path / "out") == reference(TEXTS[:40])[:100]
-    assert hub.fetched == ["sample/10BT/000.parquet"]
+    assert hub.fetched == SAMPLE[:1]
+
+
+def test_whole_dataset_is_read_without_a_subset(hub, tmp_path):
+    fill_with_parquet(hub)
+    prepare_hub(tmp_path / "out", dataset="me/mine", subset="", revision="v2", shard_tokens=50)
+    assert hub.asked == ("me/mine", "v2")
+    assert hub.fetched == ["data/other/000.parquet", *SAMPLE]
+    assert manifest_of(tmp_path / "out")["dataset"] == "me/mine@v2"
+
+
+def test_what_is_to_fetch_is_said_and_needs_room(hub, tmp_path, monkeypatch, capsys):
+    fill_with_parquet(hub)
+    cached = {SAMPLE[0]: "here"}
+    monkeypatch.setattr(
+        huggingface_hub, "try_to_load_from_cache", lambda dataset, name, **where: cached.get(name)
+    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(UserError, match=r"cache needs \S+B more, 10.0B are free"):
+        prepare_hub(tmp_path / "out", shard_tokens=50)
+    size = (hub.folder / SAMPLE[1]).stat().st_size
+    assert f"to fetch: {size / 1000:.2f}kB into {tmp_path / 'cache'}\n" in capsys.readouterr().out
+    assert hub.fetched == [] and not (tmp_path / "out").exists()
+    cached[SAMPLE[1]] = "here"
+    with pytest.raises(UserError, match=r"out needs \S+B more"):
+        prepare_hub(tmp_path / "out", shard_tokens=50)
+    assert "to fetch" not in capsys.readouterr().out
+
+
+def test_dataset_that_moved_is_gone_on_with_as_it_was(hub, tmp_path, small_blocks):
+    fill_with_parquet(hub)
+    options = Options(out_dir=str(tmp_path / "out"), shard_tokens=50)
+    assert interrupted(options, step=9, after=True)
+    fineweb.prepare(options)
+    assert hub.asked == ("HuggingFaceFW/fineweb-edu", "c0ffee")
+    assert stream(tmp_path / "out") == reference(TEXTS[:40])
+
+
+def test_folder_of_another_revision_is_refused(hub, tmp_path, small_blocks):
+    fill_with_parquet(hub)
+    prepare_hub(tmp_path / "out", shard_tokens=50, max_shards=1)
+    assert interrupted(Options(out_dir=str(tmp_path / "part"), shard_tokens=50), 7, after=True)
+    hub.commit = "other"
+    for folder in (tmp_path / "out", tmp_path / "part"):
+        before = contents(folder)
+        for change in (dict(revision="v2"), dict(dataset="me/mine"), dict(subset="data")):
+            with pytest.raises(UserError, match=r"holds shards made with .*: delete the folder"):
+                prepare_hub(folder, shard_tokens=50, **change)
+        with pytest.raises(UserError, match="holds shards of revision c0ffee, not other: delete"):
+            prepare_hub(folder, shard_tokens=50)
+        assert contents(folder) == before
 
 
 def test_subset_without_parquet_is_named(hub, tmp_path):
@@ -614,26 +1707,86 @@ def test_pretokenized_shard_cut_short_gets_no_final_name(hub, tmp_path):
         UserError, match=r"train_000002.bin is not whole.* 1,030 bytes, found 1,028"
     ):
         prepare_hub(tmp_path / "out", source="pretokenized")
-    assert not shard_paths(tmp_path / "out")
+    assert len(shard_paths(tmp_path / "out")) == 2  # those before it
 
 
-def test_interrupted_download_can_go_on(hub, tmp_path, monkeypatch):
-    fill_with_shards(hub)
-    working = hub.hf_hub_download
+@pytest.fixture
+def fails_at(hub, monkeypatch):
+    """Make the hub fail at the files that end so; returns the function that sets it."""
+    working, ends = hub.hf_hub_download, []
 
     def failing(dataset, name, **where):
-        if name.endswith("2.bin"):
+        if name.endswith(tuple(ends)):
             raise ConnectionError("connection reset\nby peer")
         return working(dataset, name, **where)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", failing)
+    return lambda *names: ends.__setitem__(slice(None), names)
+
+
+def test_interrupted_download_goes_on_with_what_is_missing(hub, tmp_path, fails_at):
+    fill_with_shards(hub)
+    prepare_hub(tmp_path / "whole", source="pretokenized")
+    fails_at("2.bin")
     says = r"cannot fetch finewebedu_train_000002.bin of kjj0/.* \(connection reset\): check the"
     with pytest.raises(UserError, match=says):
         prepare_hub(tmp_path / "out", source="pretokenized")
-    assert (tmp_path / "out" / ".incoming" / "finewebedu_train_000001.bin").exists()
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", working)
+    assert [path.name for path in shard_paths(tmp_path / "out")] == [
+        "edufineweb_val_000000.bin",
+        "edufineweb_train_000001.bin",
+    ]
+    with pytest.raises(UserError, match="are not all there yet"):
+        train_gpt2.TokenShards(str(tmp_path / "out"), "train")
+    fails_at()
+    hub.fetched.clear()
     prepare_hub(tmp_path / "out", source="pretokenized")
-    assert len(stream(tmp_path / "out")) == 12
+    assert hub.fetched == ["finewebedu_train_000002.bin", "finewebedu_train_000003.bin"]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_pretokenized_shards_are_extended_to_what_one_run_makes(hub, tmp_path):
+    fill_with_shards(hub)
+    prepare_hub(tmp_path / "whole", source="pretokenized")
+    for max_shards, count in [(1, 2), (2, 3), (1, 3), (0, 4)]:
+        hub.fetched.clear()
+        prepare_hub(tmp_path / "out", source="pretokenized", max_shards=max_shards)
+        assert len(shard_paths(tmp_path / "out")) == count
+        assert len(hub.fetched) == {1: 2, 2: 1, 0: 1}[max_shards] * (count != 3 or max_shards == 2)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_pretokenized_shard_with_another_sha256_gets_no_name(hub, tmp_path):
+    fill_with_shards(hub)
+    prepare_hub(tmp_path / "whole", source="pretokenized")
+    hub.sums["finewebedu_train_000002.bin"] = "0" * 64
+    says = f"finewebedu_train_000002.bin came with another sha256 than {'0' * 64}: try again"
+    with pytest.raises(UserError, match=says):
+        prepare_hub(tmp_path / "out", source="pretokenized")
+    out = tmp_path / "out"
+    assert not list(out.rglob("*train_000002*"))  # to be fetched anew
+    hub.sums.clear()
+    prepare_hub(out, source="pretokenized")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_ranks_divide_the_shards_to_fetch(hub, tmp_path):
+    fill_with_shards(hub)
+    prepare_hub(tmp_path / "one", source="pretokenized")
+    hub.fetched.clear()
+    prepare_in_ranks(2, Options("pretokenized", out_dir=str(tmp_path / "two")))
+    assert sorted(hub.fetched) == sorted(path.name for path in hub.folder.glob("*.bin"))
+    assert stream(tmp_path / "two") == stream(tmp_path / "one")
+    fineweb.verify(tmp_path / "two")
+
+
+def test_no_room_for_what_is_to_fetch_is_said_first(hub, tmp_path, monkeypatch):
+    fill_with_shards(hub)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4 * 1030 - 1))
+    with pytest.raises(UserError, match=r"out needs 4.12kB more, 4.12kB are free"):
+        prepare_hub(tmp_path / "out", source="pretokenized")
+    assert hub.fetched == [] and not (tmp_path / "out").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4 * 1030))
+    prepare_hub(tmp_path / "out", source="pretokenized")
 
 
 def test_dataset_without_shards_is_named(hub, tmp_path):
