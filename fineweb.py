@@ -33,6 +33,7 @@ import os
 import platform
 import random
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -67,6 +68,9 @@ class UserError(Exception):
     """A mistake the user can mend: one or two lines that say what, where and what to do."""
 
 
+DISK = [getattr(errno, name, 0) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS")]
+
+
 def run(main):
     """Call a command's main; a UserError ends it with its message and exit code 2."""
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character that a text has
@@ -79,9 +83,9 @@ def run(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in DISK:
             raise
-        print(f"error: {error}: free some space and run the same command again", file=sys.stderr)
+        print(f"error: {error}: mend that and run the same command again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -183,12 +187,21 @@ def open_shard(path, scattered=False):
 def _open_npy(path):
     try:
         tokens = np.lib.format.open_memmap(path, mode="r")
-    except ValueError as error:
-        message = f"{path} is no whole .npy shard ({error}); delete it and prepare it again"
-        raise UserError(message) from None
+    except OSError:
+        raise
+    except Exception as error:  # numpy's parser of the header fails in many ways
+        raise UserError(
+            f"{path} is no whole .npy shard ({error}); delete its folder and make it again"
+        ) from None
     if tokens.dtype != np.uint16 or tokens.ndim != 1 or not tokens.size:
         found = f"{tokens.dtype} of shape {tokens.shape}"
         raise UserError(f"{path} is no token shard: expected one row of uint16, found {found}")
+    expected, size = tokens.offset + tokens.nbytes, path.stat().st_size
+    if size != expected:
+        lengths = f"its header promises {expected:,} bytes, found {size:,}"
+        raise UserError(
+            f"{path} is no whole .npy shard: {lengths}; delete its folder and make it again"
+        )
     return tokens
 
 
@@ -278,8 +291,7 @@ class Ranks:
         if self.world > 1:
             import torch.distributed
 
-            patience = datetime.timedelta(days=30)  # for the slowest rank
-            torch.distributed.init_process_group("gloo", timeout=patience)
+            torch.distributed.init_process_group("gloo")
 
     def gather(self, value=None):
         """Every rank's value, in the order of ranks, when all have come here."""
@@ -287,7 +299,8 @@ class Ranks:
             return [value]
         import torch.distributed
 
-        values = [None] * self.world
+        values, patience = [None] * self.world, datetime.timedelta(days=30)  # for the slowest rank
+        torch.distributed.monitored_barrier(timeout=patience)
         torch.distributed.all_gather_object(values, value)
         return values
 
@@ -334,6 +347,7 @@ class Block(NamedTuple):
     load: Callable  # () -> pyarrow array of large_string
     start: int  # what the file holds before them: lines, rows, documents, bytes of a .txt
     share: float  # of the file that is read by their end, 0 to 1
+    size: int = 0  # of what is held, in bytes
     whole: bool = True  # each is a document; else they are stretches of the one in the file
     file: int = 0  # its number in the source
 
@@ -353,12 +367,11 @@ def open_source(options, revision):
         paths = local_files(options.input)
         sizes = [max(1, path.stat().st_size) for path in paths]
         return Source("", sizes, lambda i, skip: read_file(paths[i], column, skip))
-    folder = f"{options.subset.strip('/')}/" if options.subset else ""
     commit, files = list_dataset(options, revision)
-    files = [file for file in files if file.rfilename.startswith(folder)]
-    files = [file for file in files if file.rfilename.endswith(".parquet")]
+    files = in_subset(options.subset, files)
     if not files:
-        raise UserError(f"no .parquet file in {options.dataset}/{folder}: see --dataset, --subset")
+        there = f"{options.dataset}/{options.subset}/"
+        raise UserError(f"no .parquet file in {there}: see --dataset, --subset (its folder)")
     if not options.max_shards:
         check_downloads(options.dataset, commit, files)
 
@@ -368,13 +381,24 @@ def open_source(options, revision):
     return Source(commit, [file.size or 1 for file in files], read)
 
 
+def in_subset(subset, files):
+    """The .parquet files of a folder, or of FineWeb's configuration of that name."""
+    files = [file for file in files if file.rfilename.endswith(".parquet")]
+    for folder in (subset, subset.replace("-", "/"), f"data/{subset}"):
+        prefix = folder.strip("/") + "/" * bool(subset)
+        if inside := [file for file in files if file.rfilename.startswith(prefix)]:
+            return inside
+    return []
+
+
 def read_documents(skip):
     """python-docs in Blocks."""
     documents = list(python_docs())
     for start in range(skip, len(documents), 100):
         texts = documents[start : start + 100]
         share = (start + len(texts)) / len(documents)
-        yield Block(functools.partial(large_strings, texts), start, share)
+        size = sum(map(len, texts))
+        yield Block(functools.partial(large_strings, texts), start, share, size)
 
 
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
@@ -428,12 +452,14 @@ def local_files(inputs):
     found = {}
     for given in inputs:
         path = Path(given).expanduser()
-        inside = path.rglob("*") if path.is_dir() else map(Path, glob.glob(given, recursive=True))
+        inside = (
+            path.rglob("*") if path.is_dir() else map(Path, glob.glob(f"{path}", recursive=True))
+        )
         files = {file for file in [path, *inside] if file.is_file()}
         readable = sorted((file for file in files if file_kind(file)), key=Path.as_posix)
         if not readable:
             state = f"none of the {len(files):,} files there ends" if files else "no file that ends"
-            kinds = f"{', '.join(READERS)} (also with .gz or .zst)"
+            kinds = f"{', '.join(READERS)} (but for the last also with .gz or .zst)"
             raise UserError(f"--input={given}: {state} {kinds}")
         found.update(dict.fromkeys(readable))
     return list(found)
@@ -444,7 +470,7 @@ def fingerprint(paths):
     digest = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
+        digest.update(os.fsencode(f"{path.name} {size}\n"))
         with open(path, "rb") as file:
             digest.update(file.read(65_536))
             file.seek(max(0, size - 65_536))
@@ -462,7 +488,9 @@ def file_kind(path):
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
-    return suffixes[-1] if suffixes and suffixes[-1] in READERS else ""
+    packed = len(suffixes) < len(Path(path).suffixes)
+    known = [kind for kind in READERS if not (packed and kind == ".parquet")]
+    return suffixes[-1] if suffixes and suffixes[-1] in known else ""
 
 
 def read_file(path, column, skip):
@@ -475,8 +503,11 @@ def read_file(path, column, skip):
 
 # Where a text may be cut: before a space that follows another character. GPT-2's pattern looks at
 # nothing behind a match, and no match of it runs from a character into a space, so that it finds
-# the same on both sides. Left out are bytes that may end a byte order mark or Unicode's spaces.
-CUT = re.compile(rb"(?<=[!-~\x8b-\x9e\xa1-\xa7\xaa-\xae\xb0-\xbe])[ \t\r\n]")
+# the same on both sides. Characters beyond ASCII count, but for spaces and the byte order mark.
+CUT = re.compile(
+    rb"(?<=[!-~\x80-\xbf])(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])"
+    rb"(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)(?<!\xef\xbb\xbf)[ \t\r\n]"
+)
 STRETCH_BYTES = 1 << 14  # of a text: what has to be given to tiktoken for one disputed letter
 
 
@@ -490,12 +521,13 @@ def read_text(path, _, skip):
             end = last_cut(held) if more else len(held)
             if start >= skip and end:
                 load = functools.partial(parse_text, held[:end], path, start, line)
-                yield Block(load, start, share(), whole=False)
+                yield Block(load, start, share(), end, whole=False)
             start, line, held = start + end, line + held.count(b"\n", 0, end), held[end:]
 
 
 def last_cut(data):
-    for begin in (max(0, len(data) - STRETCH_BYTES), 0):
+    # what lies further back was searched when it came
+    for begin in (max(0, len(data) - n) for n in (STRETCH_BYTES, BLOCK_BYTES + 1)):
         if cuts := [match.start() for match in CUT.finditer(data, begin)]:
             return cuts[-1]
     return 0
@@ -528,7 +560,7 @@ def read_lines(path, column, skip):
             lines = data.count(b"\n") + (not data.endswith(b"\n"))
             if start >= skip:
                 load = functools.partial(parse_lines, data, lines, column, path, start)
-                yield Block(load, start, share())
+                yield Block(load, start, share(), len(data))
             start += lines
 
 
@@ -595,22 +627,22 @@ def read_rows(path, column, skip):
 
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
-            if column not in file.schema_arrow.names:
+            if file.schema_arrow.names.count(column) != 1:
                 found = ", ".join(file.schema_arrow.names)
                 raise UserError(f"{path} has no {column!r} but {found}: see --text_column")
             kind = file.schema_arrow.field(column).type
             kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-            if "string" not in str(kind):
+            if str(kind) not in ("string", "large_string", "string_view"):
                 raise UserError(f"{path}: expected text, found {kind}: see --text_column")
-            yield from read_row_groups(file, column, skip)
+            yield from read_row_groups(file, path, column, skip)
     except pyarrow.ArrowException as error:
         raise UserError(f"{path} is no whole .parquet file ({error}); fetch it again") from None
 
 
-ROWS = 256  # to read of a .parquet at a time: nothing tells before how long they will be
+ROWS = 16  # to read of a .parquet at a time: nothing tells before how long they will be
 
 
-def read_row_groups(file, column, skip):
+def read_row_groups(file, path, column, skip):
     groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
     ends = list(itertools.accumulate(groups))
     first = sum(end <= skip for end in ends)
@@ -619,19 +651,24 @@ def read_row_groups(file, column, skip):
         texts = batch.column(0)[max(0, skip - done) :]
         held, size, done = [*held, texts], size + texts.nbytes, done + len(batch)
         if size >= BLOCK_BYTES or done == ends[-1]:
-            load = functools.partial(checked_strings, held)
-            yield Block(load, done - sum(map(len, held)), done / ends[-1])
+            start = done - sum(map(len, held))
+            load = functools.partial(checked_strings, held, path, start)
+            yield Block(load, start, done / ends[-1], size)
             held, size = [], 0
 
 
-def checked_strings(arrays):
+def checked_strings(arrays, path, start):
     """Parts of a column as large strings; null stands for an empty one."""
     import pyarrow
 
-    texts = pyarrow.concat_arrays([array.cast(pyarrow.large_string()) for array in arrays])
-    texts = texts.fill_null("")
-    texts.validate(full=True)  # UTF-8
-    return texts
+    try:
+        arrays = [array.cast(pyarrow.large_string()) for array in arrays]
+        texts = pyarrow.concat_arrays(arrays).fill_null("")
+        texts.validate(full=True)  # UTF-8
+        return texts
+    except pyarrow.ArrowInvalid as error:
+        rows = f"rows {start + 1:,} to {start + sum(map(len, arrays)):,}"
+        raise UserError(f"{path}, {rows}: {error}; convert or remove it") from None
 
 
 def large_strings(texts):
@@ -657,7 +694,7 @@ def open_bytes(path):
 
     size = max(1, os.path.getsize(path))
     codec = COMPRESSED.get(Path(path).suffix.lower())
-    with pyarrow.OSFile(str(path)) as packed:
+    with pyarrow.OSFile(os.fsencode(path)) as packed:
         file = pyarrow.CompressedInputStream(packed, codec) if codec else packed
         yield file, lambda: packed.tell() / size
 
@@ -681,12 +718,14 @@ def tokenize(blocks, options):
     else:
         spawn = multiprocessing.get_context("spawn")  # the one way that works on every system
         pool = ProcessPoolExecutor(workers, spawn, initializer=follow_parent)
-    in_flight = collections.deque()
+    in_flight, held, most = collections.deque(), 0, (workers + AHEAD) * BLOCK_BYTES
     try:
         for block in blocks:
             in_flight.append((block, pool.submit(encode_block, block, fast)))
-            if len(in_flight) > workers + AHEAD:
+            held += block.size
+            while (held > most and len(in_flight) > 1) or len(in_flight) > workers + AHEAD:
                 block, tokens = in_flight.popleft()
+                held -= block.size
                 yield block, tokens.result()
         for block, tokens in in_flight:
             yield block, tokens.result()
@@ -745,6 +784,9 @@ def disputed(texts):
     return np.unique(np.searchsorted(ends - ends[0], at, side="right") - 1).tolist()
 
 
+SMALL = 10_000  # bytes that cost tiktoken less than a call costs gigatoken
+
+
 class FastTokenizer:
     """The same tokens as `encode`, by gigatoken.
 
@@ -772,6 +814,8 @@ class FastTokenizer:
 
     def encode(self, texts):
         """The tokens of a pyarrow array of large_string, as `encode` gives them."""
+        if texts.nbytes < SMALL:
+            return encode(texts.to_pylist())
         parts, start = [], 0
         for row in disputed(texts):
             parts += [self.encode_agreed(texts[start:row]), encode([texts[row].as_py()])]
@@ -881,7 +925,8 @@ def foresee(out_dir, ranks, size):
 
     check_disk(out_dir, size * ranks.world)
     tokens, size = (tqdm.format_sizeof(n * ranks.world) for n in (size // 2, size))
-    ranks.print(f"to come: about {tokens} tokens, {size}B of shards")
+    if ranks.rank == 0:  # the bar is on the screen
+        tqdm.write(f"to come: about {tokens} tokens, {size}B of shards")
 
 
 def cut(stream, sizes, skip=0):
@@ -990,9 +1035,10 @@ def fetch_shards(options, ranks, manifest):
     mine = [wanted[i] for i in ranks.files([1] * len(wanted))]
     missing = [(file, name) for file, name in mine if name not in there]
     check_disk(options.out_dir, sum(file.size or 0 for file, _ in missing))
+    write_manifest(ranks.partial(options.out_dir), manifest)
     for file, name in missing:
-        write_manifest(ranks.partial(options.out_dir), manifest)
         manifest["shards"].append(fetch_shard(options, file, name, commit))
+        write_manifest(ranks.partial(options.out_dir), manifest)
 
 
 def fetch_shard(options, file, name, commit):
@@ -1044,6 +1090,35 @@ def begin(options, ranks):
     return manifest | {"next": own}, False
 
 
+@contextlib.contextmanager
+def locked(folder, ranks):
+    """Keep other runs out of a folder; the system lets go when this one ends, even killed."""
+    new, path = not folder.exists(), folder / f".lock.{ranks.rank}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                raise OSError("its lock was just deleted")
+        except OSError:
+            message = f"another run is just making {folder}: let it end, or choose another"
+            raise UserError(f"{message} --out_dir") from None
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows deletes no open file
+                path.unlink()
+                if new:  # and still empty
+                    folder.rmdir()
+
+
 def settings(options):
     """The manifest's record of what decides the shards' content."""
     asked = {name: getattr(options, name) for name in SOURCES[options.source][2]}
@@ -1067,8 +1142,9 @@ def finish(folder, ranks, manifest):
                 (folder / name).unlink()
         check_shards(folder, manifest)
         write_manifest(folder / MANIFEST, manifest)
-        for leftover in [*folder.glob(PARTIAL.format("*")), *folder.glob(".*.tmp")]:
-            leftover.unlink()
+        for pattern in (PARTIAL.format("*"), ".edufineweb_*.tmp", ".manifest*.tmp"):
+            for leftover in folder.glob(pattern):
+                leftover.unlink()
         shutil.rmtree(folder / INCOMING, ignore_errors=True)
     ranks.gather()
     return manifest
@@ -1093,15 +1169,19 @@ def read_manifest(path):
     """A manifest; a UserError unless it is whole and names nothing but shards beside it."""
     try:
         manifest = json.loads(path.read_bytes())
-        whole = all(shard_number(shard["file"]) >= 0 for shard in manifest["shards"])
-        whole = whole and all(shard["tokens"] + shard["documents"] for shard in manifest["shards"])
-        whole = whole and manifest["ranks"] > 0 and isinstance(manifest["next"], dict)
-    except (OSError, ValueError, KeyError, TypeError):
+        shards, places = manifest["shards"], manifest["next"].values()
+        kinds = {"file": str, "documents": int, "tokens": int, "sha256": str}
+        whole = all({k: type(v) for k, v in shard.items()} == kinds for shard in shards)
+        whole = whole and all(shard_number(shard["file"]) >= 0 for shard in shards)
+        whole = whole and len({shard["file"] for shard in shards}) == len(shards)
+        whole = whole and all(place is None or len(place) == 3 for place in places)
+        whole = whole and manifest["ranks"] > 0
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
         held = f"{len(shard_files(path.parent))} shards and no whole {path.name}"
         raise UserError(f"{path.parent} holds {held}: {ANEW}")
-    return manifest
+    return merged([manifest])  # whose totals are counted here
 
 
 def shard_number(name):
@@ -1116,9 +1196,12 @@ def shard_files(folder):
 def check_shards(folder, manifest, more=False):
     """A UserError unless a folder holds its manifest's shards and, unless more may be, no other."""
     listed, found = {s["file"]: s["tokens"] for s in manifest["shards"]}, shard_files(folder)
-    if listed.keys() - found or (found - listed.keys() and not more):
-        named = ", ".join(sorted(found ^ listed.keys())[:5])
-        raise UserError(f"{folder} holds other shards than its {MANIFEST} lists ({named}): {ANEW}")
+    lacking, strange = listed.keys() - found, found - listed.keys()
+    if lacking or (strange and not more):
+        state = f"lacks shards that its {MANIFEST} lists" if lacking else "holds other shards than"
+        state += "" if lacking else f" its {MANIFEST} lists"
+        named = ", ".join(sorted(lacking or strange)[:5])
+        raise UserError(f"{folder} {state} ({named}): {ANEW}")
     for name, tokens in listed.items():
         if (size := len(open_shard(folder / name))) != tokens:
             lengths = f"{MANIFEST} says {tokens:,} tokens, found {size:,}"
@@ -1141,9 +1224,9 @@ def verify(folder):
     manifest = read_manifest(folder / MANIFEST)
     check_shards(folder, manifest)
     for shard in tqdm(manifest["shards"], f"verifying {folder}", delay=5, disable=None):
-        if (found := describe(folder / shard["file"])) != shard:
-            sums = f"{MANIFEST} says sha256 {shard['sha256'][:16]}, found {found['sha256'][:16]}"
-            raise UserError(f"{folder / shard['file']} was changed: {sums}: {ANEW}")
+        found = describe(folder / shard["file"])
+        if differ := [f"{k}={found[k]}, not {shard[k]}" for k in shard if found[k] != shard[k]]:
+            raise UserError(f"{folder / shard['file']} was changed: {differ[-1]}: {ANEW}")
     size = f"{len(manifest['shards'])} shards, {manifest['tokens']:,} tokens"
     print(f"{folder}: {size}, all as {MANIFEST} says")
 
@@ -1157,7 +1240,7 @@ def check_disk(folder, size):
     free = shutil.disk_usage(there).free
     if size > free:
         room = f"{tqdm.format_sizeof(size, 'B')} more, {tqdm.format_sizeof(free, 'B')} are free"
-        raise UserError(f"{folder} needs {room}: free some, or set --out_dir or --max_shards")
+        raise UserError(f"{folder} needs {room}: free some, or take another folder")
 
 
 # ---------------------------------------------------------------- the command
@@ -1167,17 +1250,20 @@ def prepare(options):
     """Make the shards and the manifest that `options` ask for, unless they are there; say so."""
     options = resolve(options)
     folder = Path(options.out_dir)
-    with contextlib.closing(Ranks()) as ranks:
-        manifest, there = begin(options, ranks)
-        ranks.gather()  # all have looked before any writes
-        if there:
-            ranks.print("already there: ", end="")
-        else:
+    ranks = Ranks()
+    manifest, there = begin(options, ranks)
+    if there:
+        ranks.print("already there: ", end="")
+    else:
+        with locked(folder, ranks):
+            manifest, _ = begin(options, ranks)
+            ranks.gather()  # all have looked before any writes
             make = fetch_shards if options.source == "pretokenized" else write_shards
             make(options, ranks, manifest)
             manifest = finish(folder, ranks, manifest)
-        if ranks.rank == 0:
-            report(folder, manifest)
+    if ranks.rank == 0:
+        report(folder, manifest)
+    ranks.close()
 
 
 def report(folder, manifest):
@@ -1187,7 +1273,7 @@ def report(folder, manifest):
     epoch = f", {steps:,} steps an epoch at {GPT2_BATCH:,} tokens a step" if steps > 100 else ""
     print(f"{folder}: {split}, {manifest['tokens']:,} tokens{epoch}")
     config = "configs/tiny.toml " if sum(train) < 10_000_000 else ""
-    print(f"train on it: python train_gpt2.py {config}--data_dir={folder}")
+    print(f"train on it: python train_gpt2.py {config}--data_dir={shlex.quote(str(folder))}")
 
 
 def main():

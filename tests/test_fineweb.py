@@ -144,6 +144,13 @@ def mixed(tmp_path_factory):
     return folder, texts
 
 
+@pytest.fixture(scope="module", autouse=True)
+def gigatoken_for_small_texts_too():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fineweb, "SMALL", 0)
+        yield
+
+
 @pytest.fixture
 def small_blocks(monkeypatch):
     monkeypatch.setattr(fineweb, "BLOCK_BYTES", 100)
@@ -447,6 +454,16 @@ def test_gigatoken_renewed_after_every_batch_gives_the_same_tokens(monkeypatch):
     assert made.gigatoken is not first
 
 
+@with_gigatoken
+def test_few_bytes_are_not_worth_a_call_of_gigatoken(monkeypatch):
+    made = fineweb.FastTokenizer()
+    monkeypatch.setattr(fineweb, "SMALL", 10_000)
+    monkeypatch.setattr(made, "gigatoken", None)
+    assert made.encode(fineweb.large_strings(TEXTS)).tolist() == reference(TEXTS)
+    with pytest.raises(AttributeError):
+        made.encode(fineweb.large_strings(TEXTS * 9))
+
+
 # ---------------------------------------------------------------- processes
 
 
@@ -622,7 +639,7 @@ CHANGES = [
     (change_input, r"made with input=1 files.* not 1 files"),
     (remove_manifest, r"holds \d+ shards and no manifest.json"),
     (cut_manifest, r"no whole manifest.json"),
-    (remove_shard, r"other shards than its manifest.json lists"),
+    (remove_shard, r"lacks shards that its manifest.json lists"),
     (cut_shard, r"train_000003.npy is no whole .npy shard"),
     (swap_shard, r"train_000003.npy: manifest.json says 64 tokens, found 5"),
     (add_shard, r"other shards than its manifest.json lists \(edufineweb_train_000999.npy\)"),
@@ -673,6 +690,15 @@ def test_folder_of_another_version_of_the_tool_is_not_gone_on_with(corpus, tmp_p
     with pytest.raises(UserError, match="made with version=1, not 2: delete"):
         prepare_local(corpus, tmp_path / "out")
     assert contents(tmp_path / "out") == before
+
+
+def test_second_run_into_a_folder_is_refused_while_the_first_is_on(corpus, tmp_path):
+    out = tmp_path / "out"
+    with fineweb.locked(out, fineweb.Ranks()), pytest.raises(UserError, match="another run is"):
+        prepare_local(corpus, out)
+    assert not out.exists()
+    assert prepare_local(corpus, out) == reference(TEXTS)
+    assert not list(out.glob(".*"))
 
 
 def test_out_dir_that_is_a_file_is_refused(corpus, tmp_path):
@@ -773,7 +799,7 @@ def test_disk_that_fills_up_ends_in_one_line_and_can_go_on(corpus, tmp_path, end
     shard = "edufineweb_train_000003.npy"
     (out / f".{shard}.{os.getpid()}.tmp").symlink_to("/dev/full")
     code, _, err = end_of_command(*flags(local(corpus, out)))
-    assert code == 2 and re.fullmatch(r"error: .*No space left.*: free some space and .*\n", err)
+    assert code == 2 and re.fullmatch(r"error: .*No space left.*: mend that and run .*\n", err)
     assert shard not in contents(out)
     assert end_of_command(*flags(local(corpus, out)))[0] == 0
     assert contents(out) == contents(whole)
@@ -939,7 +965,7 @@ def test_unfinished_folder_made_with_other_options_is_refused(corpus, unfinished
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (remove_shard, r"other shards than its manifest.json lists"),
+        (remove_shard, r"lacks shards that its manifest.json lists"),
         (cut_shard, r"train_000003.npy is no whole .npy shard"),
         (swap_shard, r"train_000003.npy: manifest.json says 64 tokens, found 5"),
     ],
@@ -1049,12 +1075,12 @@ def list_shard_as(name):
 
 
 DAMAGES = {
-    "flipped": (flip_a_byte, r"train_000002.npy was changed: manifest.json says sha256 \w{16}, f"),
+    "flipped": (flip_a_byte, r"train_000002.npy was changed: sha256=\w{64}, not \w{64}"),
     "cut": (lambda out: cut_shard("", out), "train_000003.npy is no whole .npy shard"),
     "swapped": (lambda out: swap_shard("", out), "train_000003.npy: manifest.json says 64 tokens"),
     "missing": (
         lambda out: remove_shard("", out),
-        r"than its manifest.json lists \(.*train_000003",
+        r"that its manifest.json lists \(.*train_000003",
     ),
     "extra": (lambda out: add_shard("", out), r"than its manifest.json lists \(.*train_000999"),
     "no manifest": (
