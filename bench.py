@@ -31,12 +31,13 @@ import torch
 from tqdm import tqdm
 
 import fineweb
+import hardware
 import hellaswag
 import train_gpt2 as gpt
 from fineweb import UserError
 
 NEEDED = 600_000  # tokens/s of training on one fast GPU, which the loader has to feed
-PACKAGES = ("torch", "numpy", "tiktoken", "gigatoken")  # whose versions decide a figure
+SIZES = 10**6, 10**9, 10**12, 15 * 10**12  # tokens of the loader's holes
 
 
 # ---------------------------------------------------------------- timing
@@ -77,7 +78,7 @@ def report(figures, path):
     """Print the figures, and what they were taken with, as a table; write the same as JSON."""
     figures |= {"threads": torch.get_num_threads(), "cores": os.cpu_count()}
     figures |= {"machine": platform.machine(), "python": platform.python_version()}
-    installed = filter(importlib.util.find_spec, PACKAGES)
+    installed = filter(importlib.util.find_spec, hardware.PACKAGES)
     figures |= {package: importlib.metadata.version(package) for package in installed}
     for key, value in figures.items():
         if type(value) in (int, float):
@@ -146,11 +147,11 @@ def bench_train(options):
             seconds, losses = take_turns({"step": step}, cfg.steps)
         median, p10, p90 = np.percentile(seconds["step"], [50, 10, 90]).tolist()
         rate = G * cfg.block_size / median
-        peak = gpt.peak_flops(runtime.device, runtime.dtype) * runtime.world
+        peak = hardware.peak_flops(runtime.device, runtime.dtype) * runtime.world
         return {
             **described(runtime, model),
             "data": data,
-            "compiled": cfg.compile_model and not gpt.compile_obstacle(runtime.device),
+            "compiled": cfg.compile_model and not hardware.compile_obstacle(runtime.device),
             "batch": f"{B} x {cfg.block_size} x {micro_steps} micro-steps",
             "tokens_per_step": G * cfg.block_size,
             "first_step_s": first_step,  # from making the model on, with compiling
@@ -176,16 +177,49 @@ def bench_loader(options):
         start_up = time.perf_counter() - begin
         steps = iter(range(1, cfg.steps + 1))
         seconds, _ = take_turns({"batch": lambda: loader.batch(next(steps), 0)}, cfg.steps)
-    median = float(np.median(seconds["batch"]))
+        median = float(np.median(seconds["batch"]))
+        figures = {
+            "data": data,
+            "tokens": len(loader.shards),
+            "batch": f"{B} x {cfg.block_size}",
+            "start_up_s": start_up,  # until the first batch is there
+            "batch_s_median": median,
+            "tokens_per_s": B * cfg.block_size / median,
+            "share_of_a_step": NEEDED * median / (B * cfg.block_size),  # at so many tokens/s:
+            "needed_tokens_per_s": NEEDED,
+        }
+        for tokens in SIZES:
+            figures |= time_sparse(tokens, cfg, runtime, B)
+    return figures
+
+
+def time_sparse(tokens, cfg, runtime, B):
+    """Start-up, memory and a batch of so many tokens, in files that are nothing but a hole."""
+    import tracemalloc
+
+    with tempfile.TemporaryDirectory() as folder:
+        each = 10**12  # tokens a file: file systems end at 16 TB
+        for number, start in enumerate(range(0, tokens, each), 1):
+            size = min(each, tokens - start)
+            path = Path(folder, f"edufineweb_train_{number:06d}.npy")
+            with open(path, "wb") as file:
+                header = {"descr": "<u2", "fortran_order": False, "shape": (size,)}
+                np.lib.format.write_array_header_1_0(file, header)
+                file.truncate(file.tell() + 2 * size)
+        tracemalloc.start()
+        begin = time.perf_counter()
+        loader = gpt.Loader(gpt.TokenShards(folder, "train"), cfg, runtime, B, B)
+        loader.batch(0, 0)
+        start_up, (_, peak) = time.perf_counter() - begin, tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        begin = time.perf_counter()
+        loader.batch(loader.steps_per_epoch() // 2, 0)
+        batch = time.perf_counter() - begin
+    name = f"{tokens / 1e6:,.0f}M_tokens"
     return {
-        "data": data,
-        "tokens": len(loader.shards),
-        "batch": f"{B} x {cfg.block_size}",
-        "start_up_s": start_up,  # until the first batch is there
-        "batch_s_median": median,
-        "tokens_per_s": B * cfg.block_size / median,
-        "ratio_to_needed": B * cfg.block_size / median / NEEDED,
-        "needed_tokens_per_s": NEEDED,
+        f"{name}_start_up_s": start_up,
+        f"{name}_start_up_mib": peak / 2**20,
+        f"{name}_batch_s": batch,
     }
 
 

@@ -11,6 +11,7 @@ differently and reports 0.2892 and 0.3114. Chance is 0.25, and one standard erro
 tasks is 0.0045.
 """
 
+import functools
 import hashlib
 import json
 import time
@@ -64,6 +65,20 @@ def load(path="", examples=0):
     # passages, which are twice as long. The choice is the same in every run.
     count = min(examples, len(tasks)) if examples > 0 else len(tasks)
     return [render(tasks[i * len(tasks) // count]) for i in range(count)]
+
+
+@functools.cache
+def shared(path, examples, runtime):
+    """`load` on every rank, or none with one warning: what cannot be had must not stop a run."""
+    try:
+        path = runtime.agree(lambda: find(path))  # one rank downloads
+        tasks = load(path, examples)
+    except UserError as error:
+        runtime.print(f"HellaSwag is skipped: {error}")
+        tasks = []
+    # all ranks or none: the score is a sum over them
+    ready = runtime.sum(torch.tensor(float(bool(tasks)))).item()
+    return tasks if ready == runtime.world else []
 
 
 def parse(line, where):

@@ -6,6 +6,7 @@
     python train_gpt2.py configs/gpt2_124m_rope.toml --learning_rate=1.5e-3
     torchrun --standalone --nproc_per_node=8 train_gpt2.py
     python train_gpt2.py log/gpt2/config.toml --resume=True
+    python train_gpt2.py --check                         # can it train here, and with what?
 
 Every knob is a field of `Config` below: defaults < TOML files in the order given < --key=value.
 To read this file, start at `train` near the end, then go where it leads.
@@ -14,14 +15,12 @@ To read this file, start at `train` near the end, then go where it leads.
 import contextlib
 import functools
 import importlib.util
-import json
+import inspect
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import threading
 import time
 from collections import deque
@@ -41,8 +40,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import fineweb
+import hardware
 import hellaswag
+import pretrained
 from fineweb import END_OF_TEXT, UserError, command_line, replacing, run
+from hardware import compile_obstacle, find_device, peak_flops
 
 # ---------------------------------------------------------------- configuration
 
@@ -99,6 +101,7 @@ class Config:
     device: str = "auto"  # auto | cuda | mps | cpu
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of matrix products
     compile_model: bool = True  # torch.compile: minutes at the start, then about twice the speed
+    rank_timeout: int = 600  # seconds that a rank waits for the others before the run ends
 
 
 # What must agree between a checkpoint and a model; a pretrained model decides all of it.
@@ -107,7 +110,7 @@ ARCHITECTURE = [
     "norm", "bias", "qkv_bias", "tie_embeddings", "qk_norm", "logit_softcap",
 ]  # fmt: skip
 AT_LEAST_ONE = ["n_layer", "n_head", "n_embd", "block_size", "vocab_size", "total_batch_size",
-    "eval_tokens", "log_interval", "keep_checkpoints"]  # fmt: skip
+    "eval_tokens", "log_interval", "keep_checkpoints", "rank_timeout"]  # fmt: skip
 VOCABULARY = END_OF_TEXT + 1  # ids from here up only pad the matrices
 MAX_SKIPPED = 10  # non-finite steps in a row that end a run
 
@@ -138,6 +141,7 @@ def validate(cfg):
             c.pos_embedding == "rope" and hs % 2,
         f"dropout={c.dropout}, beta1={c.beta1} and beta2={c.beta2} must be below 1":
             max(c.dropout, c.beta1, c.beta2) >= 1,
+        f"seed={c.seed} is more than 64 bits; try --seed=1337": c.seed >= 2**64,
         f"vocab_size={c.vocab_size} is more than the 65536 ids that uint16 shards can hold":
             c.vocab_size > 65_536,
         f"hellaswag_examples={c.hellaswag_examples} needs GPT-2's ids; try --hellaswag_examples=0":
@@ -172,7 +176,7 @@ def batch_layout(cfg, world, micro_batch_size):
 class Runtime:
     """Rank, world, device and precision, resolved once; the same calls work at world size 1."""
 
-    def __init__(self, device="auto", dtype="auto"):
+    def __init__(self, device="auto", dtype="auto", timeout=600):
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.device = find_device(device)
@@ -186,7 +190,18 @@ class Runtime:
         self.peak_memory = torch.cuda.max_memory_allocated if cuda else lambda: 0  # bytes
         if self.world > 1:
             how = {"backend": "nccl", "device_id": self.device} if cuda else {"backend": "gloo"}
-            dist.init_process_group(timeout=timedelta(minutes=10), **how)
+            self.meet(how, timedelta(seconds=timeout))
+
+    def meet(self, how, timeout):
+        """Join the other ranks; after a restart in a part of torchrun's store that is new.
+
+        The store still holds the addresses of the group before, which nobody answers.
+        """
+        if life := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+            server = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.PrefixStore(f"life {life}", dist.TCPStore(*server, timeout=timeout))
+            how = how | {"store": store, "rank": self.rank, "world_size": self.world}
+        dist.init_process_group(timeout=timeout, **how)
 
     def best_dtype(self):
         """bfloat16 where the hardware multiplies in it, float16 on older CUDA, else float32."""
@@ -239,13 +254,21 @@ class Runtime:
             raise box[0]
         return box[0]
 
-    def parallel(self, model):
-        """Average gradients over ranks in the backward pass (DDP)."""
+    def parallel(self, model, B, T):
+        """Average gradients over ranks in the backward pass (DDP), for batches (B, T)."""
         if self.world == 1:
             return model
         gpu = [self.device] if self.device.type == "cuda" else None
         ddp = nn.parallel.DistributedDataParallel
-        return ddp(model, device_ids=gpu, broadcast_buffers=False, gradient_as_bucket_view=True)
+        new = "forward_sync_buffers" in inspect.signature(ddp).parameters  # from torch 2.13 on
+        constant = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+        model = ddp(model, device_ids=gpu, gradient_as_bucket_view=True, **constant)
+        # a first pass settles DDP's order of summation: without it a resumed run has another
+        idx = torch.zeros(B, T, dtype=torch.long, device=self.device)
+        with self.autocast():
+            model(idx, idx).backward()
+        model.zero_grad(set_to_none=True)
+        return model
 
     def compile(self, model):
         """torch.compile where it works, the model itself where it does not."""
@@ -258,49 +281,6 @@ class Runtime:
     def close(self):
         if self.world > 1:
             dist.destroy_process_group()
-
-
-def find_device(name):
-    """auto -> this rank's GPU, else MPS, else CPU."""
-    gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
-    if name == "auto":
-        name = "cuda" if gpus else "mps" if mps else "cpu"
-    if not {"cuda": gpus, "mps": mps, "cpu": True}.get(name):
-        raise UserError(f"device={name} is not to be had here; try --device=auto")
-    if name == "cuda" and (ranks := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > gpus:
-        raise UserError(f"{ranks} ranks share {gpus} GPUs here; try --nproc_per_node={gpus}")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
-
-
-def compile_obstacle(device):
-    """Why torch.compile cannot work here, or nothing."""
-    cuda, compilers = device.type == "cuda", (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")
-    header = Path(sysconfig.get_path("include"), "Python.h")
-    obstacles = {
-        "it is not ready for MPS": device.type == "mps",
-        "needs capability 7.0": cuda and torch.cuda.get_device_capability(device) < (7, 0),
-        "the triton package is missing": cuda and not importlib.util.find_spec("triton"),
-        "no C++ compiler; install gcc or clang": not any(map(shutil.which, compilers)),
-        "no Python.h; install this Python's development package": not header.exists(),
-    }
-    return next((why for why, there in obstacles.items() if there), "")
-
-
-PEAK_FLOPS = {  # dense bf16, fp32 accumulation; the first whose words are in the GPU's name
-    "GB200": 2.5e15, "B200": 2.25e15, "H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12,
-    "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A6000": 154.8e12,
-    "A10G": 70e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
-}  # fmt: skip
-
-
-def peak_flops(device, dtype):
-    """FLOP/s the device could reach in bf16; 0 where unknown: a wrong MFU is worse than none."""
-    if device.type != "cuda" or dtype != torch.bfloat16:
-        return 0.0
-    words = set(torch.cuda.get_device_name(device).replace("-", " ").split())
-    if words & {"Laptop", "Max", "Ti", "D"}:  # slower or faster than the card of that number
-        return 0.0
-    return next((peak for part, peak in PEAK_FLOPS.items() if words.issuperset(part.split())), 0.0)
 
 
 # ---------------------------------------------------------------- model
@@ -489,53 +469,13 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name):
         """OpenAI's gpt2[-medium|-large|-xl], or a Hugging Face folder of the same kind."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        config_path, weights_path = pretrained_files(name)
+        sizes, weights = pretrained.read(name)
+        model = cls(Config(**sizes))
         try:
-            config = json.loads(config_path.read_text(encoding="utf-8"))
-            if foreign := [key for key, value in OPENAI.items() if config.get(key, value) != value]:
-                raise ValueError(f"{foreign[0]} is {config[foreign[0]]!r}")
-            sizes = {key: config[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
-            tied = config.get("tie_word_embeddings", True)
-            model = cls(Config(**sizes, block_size=config["n_positions"], tie_embeddings=tied))
-            model.load_state_dict(from_openai(load_file(weights_path)))
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UserError(f"{name} is no GPT-2 that can be read ({reason[:160]})") from None
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise pretrained.unreadable(name, error) from None
         return model.eval()
-
-
-OPENAI = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}  # fmt: skip
-
-
-def from_openai(weights):
-    """OpenAI's tensors by our names: prefixed, linear layers transposed, without mask buffers."""
-    ours = {}
-    for key, w in weights.items():
-        if key != "lm_head.weight":
-            key = f"transformer.{key.removeprefix('transformer.')}"
-        if not key.endswith((".attn.bias", ".attn.masked_bias")):
-            ours[key] = w.t() if w.dim() == 2 and ".h." in key else w
-    ours.setdefault("lm_head.weight", ours["transformer.wte.weight"])  # tied
-    return ours
-
-
-def pretrained_files(name):
-    """The config.json and model.safetensors of a folder, or of OpenAI's GPT-2 on the hub."""
-    files = ("config.json", "model.safetensors")
-    if Path(name).is_dir():
-        return [Path(name) / file for file in files]
-    if name not in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
-        raise UserError(f"{name} is no .pt file, no folder, and none of gpt2[-medium|-large|-xl]")
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return [Path(hf_hub_download(f"openai-community/{name}", file)) for file in files]
-    except Exception as error:  # the hub's, the network's, the disk's: all mean the same here
-        raise UserError(f"{name} could not be downloaded: {str(error).splitlines()[0]}") from None
 
 
 def load_model(name, device="cpu"):
@@ -656,7 +596,7 @@ def lr_at(step, cfg, max_steps):
 
 
 class TokenShards:
-    """The shards of one split as one stream of N tokens, memory-mapped."""
+    """The shards of one split as one stream of N tokens; 64 of them at most stay memory-mapped."""
 
     def __init__(self, data_dir, split):
         self.paths = fineweb.shard_paths(data_dir, split)
@@ -666,8 +606,8 @@ class TokenShards:
                 "       two minutes, no download: python fineweb.py --source=python-docs && "
                 "python train_gpt2.py configs/tiny.toml"
             )
-        self.shards = [fineweb.open_shard(path) for path in self.paths]
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.open = functools.lru_cache(64)(functools.partial(fineweb.open_shard, scattered=True))
+        self.ends = np.cumsum([len(fineweb.open_shard(path)) for path in self.paths])
 
     def __len__(self):
         return int(self.ends[-1])
@@ -676,8 +616,9 @@ class TokenShards:
         """Tokens [start, start + length) of the stream, across shard borders, uint16."""
         parts, i = [], int(np.searchsorted(self.ends, start, side="right"))
         while length > 0:
-            first = start - int(self.ends[i]) + len(self.shards[i])
-            parts.append(self.shards[i][first : first + length])
+            shard = self.open(self.paths[i])
+            first = start - int(self.ends[i]) + len(shard)
+            parts.append(shard[first : first + length])
             start, length, i = start + len(parts[-1]), length - len(parts[-1]), i + 1
         return np.concatenate(parts)
 
@@ -802,20 +743,6 @@ def evaluate_loss(model, shards, cfg, runtime, rows):
     return runtime.sum(total).item() / n
 
 
-@functools.cache
-def hellaswag_tasks(cfg, runtime):
-    """The tasks, or none with one warning: a file that cannot be had must not stop a run."""
-    try:
-        path = runtime.agree(lambda: hellaswag.find(cfg.hellaswag_path))  # one rank downloads
-        tasks = hellaswag.load(path, cfg.hellaswag_examples)
-    except UserError as error:
-        runtime.print(f"HellaSwag is skipped: {error}")
-        tasks = []
-    # all ranks or none: the score is a sum over them
-    ready = runtime.sum(torch.tensor(float(bool(tasks)))).item()
-    return tasks if ready == runtime.world else []
-
-
 # ---------------------------------------------------------------- checkpoints
 
 
@@ -830,10 +757,12 @@ class TrainState:
     best: float = math.inf  # lowest validation loss so far
 
 
-def read_checkpoint(path):
-    """(Config, the whole dict on the CPU). weights_only: a file from elsewhere cannot run code."""
+def read_checkpoint(path, whole=False):
+    """(Config, the dict on the CPU); weights_only runs no code. `whole`: fit to resume from."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if whole and not checkpoint.keys() >= {"model", "optimizer", "scaler", "step", "best"}:
+            raise ValueError("not all that resuming needs is in it")
         return Config(**checkpoint["config"]), checkpoint
     except Exception as error:  # torn and foreign files meet torch's unpickler in many ways
         reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -845,26 +774,40 @@ def checkpoints(folder):
     return sorted(folder.glob("step_*.pt"), key=lambda path: (len(path.name), path.name))
 
 
+def load_moments(optimizer, saved):
+    """Take the moments from a file; what the config decides, the hyperparameters, stay."""
+    groups = optimizer.state_dict()["param_groups"]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    theirs = {i: moments["exp_avg"].shape for i, moments in saved["state"].items()}
+    if theirs and theirs != {i: p.shape for i, p in enumerate(parameters)}:
+        raise ValueError(f"its optimizer has {len(theirs)} tensors of other shapes or order")
+    optimizer.load_state_dict(saved | {"param_groups": groups})
+
+
 def resume(folder, state, runtime):
     """Continue from the newest whole checkpoint in folder, if there is one."""
     paths = checkpoints(folder)
     for path in reversed(paths):
         try:
-            old, checkpoint = read_checkpoint(path)
+            old, checkpoint = read_checkpoint(path, whole=True)
         except UserError as error:
             runtime.print(f"{error}; going back to the one before")
             continue
         was, now = asdict(old), asdict(state.model.cfg)
-        if differ := [f"{k}={was[k]}, now {now[k]}" for k in ARCHITECTURE if was[k] != now[k]]:
-            raise UserError(f"{path} has {'; '.join(differ)}: not to be changed within a run")
-        state.model.load_state_dict(checkpoint["model"])
-        # hyperparameters come from the config, the moments from the file
-        groups = state.optimizer.state_dict()["param_groups"]
-        state.optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
+        differ = {k: f"{k}={was[k]}, now {now[k]}" for k in now if was[k] != now[k]}
+        if fixed := [differ[key] for key in ARCHITECTURE if key in differ]:
+            raise UserError(f"{path} has {'; '.join(fixed)}: not to be changed within a run")
+        try:
+            state.model.load_state_dict(checkpoint["model"])
+            load_moments(state.optimizer, checkpoint["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{path} does not fit: {' '.join(str(error).split())}") from None
         # empty where the run so far had no float16
         state.scaler.load_state_dict(checkpoint["scaler"] or state.scaler.state_dict())
         state.step, state.best = checkpoint["step"], checkpoint["best"]
         runtime.print(f"continuing {path}: step {state.step}")
+        if changed := [text for key, text in differ.items() if key not in ("resume", "run_name")]:
+            runtime.print(f"changed: {'; '.join(changed)}")
         return
     if paths:
         raise UserError(f"{folder}/ holds no whole checkpoint: take another run_name")
@@ -874,12 +817,18 @@ def resume(folder, state, runtime):
 # ---------------------------------------------------------------- the run's folder
 
 
+def may_restart():
+    return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+
+
 def choose_run_name(cfg, default):
     """run_name, or the first free of default, default-2, ... (with resume: the last taken)."""
 
     def taken(name):
         return (Path(cfg.log_dir) / name / "log.txt").exists()
 
+    if not cfg.run_name and may_restart():
+        raise UserError("--max-restarts needs a --run_name, by which a restart finds its run")
     if cfg.run_name:
         if taken(cfg.run_name) and not cfg.resume:
             there = f"{cfg.log_dir}/{cfg.run_name}"
@@ -888,6 +837,16 @@ def choose_run_name(cfg, default):
     names = [default, *(f"{default}-{i}" for i in range(2, 10_000))]
     free = next(i for i, name in enumerate(names) if not taken(name))
     return names[max(0, free - 1) if cfg.resume else free]
+
+
+def restarted(cfg):
+    """Whether torchrun --max-restarts starts again, after a rank died, what it had begun."""
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    mark = Path(cfg.log_dir, cfg.run_name, RESTARTS)
+    return again and mark.exists() and mark.read_text() == os.environ["TORCHELASTIC_RUN_ID"]
+
+
+RESTARTS = "torchrun.txt"  # in a run's folder: the torchrun that may restart it
 
 
 class RunLog:
@@ -912,6 +871,8 @@ class RunLog:
         self.file.write("\n" if torn else "")  # a kill may have left half a line
         for left in folder.glob(".*.tmp"):
             left.unlink()  # by a kill in the middle of a checkpoint
+        if may_restart():
+            (folder / RESTARTS).write_text(os.environ["TORCHELASTIC_RUN_ID"])
         with replacing(folder / "config.toml") as temporary:
             temporary.write_text(fineweb.to_toml(model.cfg), encoding="utf-8")
 
@@ -937,18 +898,30 @@ class RunLog:
     def save(self, state):
         """Write step_{step}.pt, all that resuming needs; keep the newest keep_checkpoints."""
         more = {"optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict()}
-        self.write_checkpoint(f"step_{state.step:06d}.pt", state, more)
-        if self.file:
-            for old in checkpoints(self.folder)[: -self.model.cfg.keep_checkpoints]:
+        name = f"step_{state.step:06d}.pt"
+        if self.write_checkpoint(name, state, more):
+            paths = checkpoints(self.folder)  # a torn one of a later step counts for nothing
+            newest = paths.index(self.folder / name) + 1
+            for old in paths[: max(0, newest - self.model.cfg.keep_checkpoints)]:
                 old.unlink()
 
     def write_checkpoint(self, name, state, more):
-        """Weights, config, step and best loss, and `more`, in a file that is whole or not there."""
-        if self.file:
-            content = {"model": state.model.state_dict(), "config": asdict(state.model.cfg)}
-            content |= {"step": state.step, "best": state.best} | more
-            with replacing(self.folder / name) as temporary:
-                torch.save(content, temporary)
+        """Weights, config, step, best loss and `more`, whole or not at all -> was there room?"""
+        if not self.file:
+            return False
+        content = {"model": state.model.state_dict(), "config": asdict(state.model.cfg)}
+        content |= {"step": state.step, "best": state.best} | more
+        weights = sum(p.nbytes for p in state.model.parameters())
+        try:
+            fineweb.check_disk(self.folder, weights * (3 if more else 1))  # AdamW has two moments
+            with replacing(self.folder / name) as temporary, open(temporary, "wb") as file:
+                torch.save(content, file)
+        except (UserError, OSError, RuntimeError) as error:
+            # torch.save may hide what the disk said behind an error of its own
+            why = error if isinstance(error, OSError) else error.__context__ or error
+            self.runtime.print(f"{name} is not saved: {why}")
+            return False
+        return True
 
     def close(self):
         if self.file:
@@ -1058,7 +1031,8 @@ def evaluate(state, val_shards, rows, log, runtime):
     if loss < state.best:
         state.best = loss
         log.write_checkpoint("best.pt", state, {})
-    if cfg.hellaswag_examples and (tasks := hellaswag_tasks(cfg, runtime)):
+    examples = cfg.hellaswag_examples
+    if examples and (tasks := hellaswag.shared(cfg.hellaswag_path, examples, runtime)):
         with evaluating(model, runtime):
             scores = hellaswag.score(model.logits_at, tasks, cfg.block_size, runtime)
         log.write(state.step, hella=scores["acc_norm"])
@@ -1092,11 +1066,12 @@ def set_up(cfg, runtime, shards):
     fast = runtime.compile(model) if cfg.compile_model else model
     B = cfg.micro_batch_size or fit_micro_batch(fast, cfg, runtime)
     micro_steps, G = batch_layout(cfg, runtime.world, B)
-    return state, runtime.parallel(fast), Loader(shards, cfg, runtime, B, G), micro_steps
+    fast = runtime.parallel(fast, B, cfg.block_size)
+    return state, fast, Loader(shards, cfg, runtime, B, G), micro_steps
 
 
-def train(cfg, runtime):
-    """Train to max_steps or until asked to stop; everything the run leaves is in its folder."""
+def train(cfg, runtime, check=False):
+    """Train to max_steps or until asked to stop; with `check`, only say what a run would use."""
     shards, val_shards = (TokenShards(cfg.data_dir, split) for split in ("train", "val"))
     state, fast, loader, micro_steps = set_up(cfg, runtime, shards)
     model, cfg, B = state.model, state.model.cfg, loader.B
@@ -1106,8 +1081,10 @@ def train(cfg, runtime):
         split.windows(np.linspace(0, len(split) - loader.T - 1, 64, dtype=int), cfg)
     folder = Path(cfg.log_dir) / cfg.run_name
     start, max_steps = state.step, cfg.max_steps or loader.steps_per_epoch()
-    log = RunLog(folder, model, runtime, loader.G * loader.T, max_steps)
     introduce(model, loader, micro_steps, max_steps, runtime)
+    if check:
+        return hardware.describe(model, folder, runtime)
+    log = RunLog(folder, model, runtime, loader.G * loader.T, max_steps)
 
     skipped, stop, batches = 0, False, loader.stream(start, micro_steps)
     with contextlib.closing(log), contextlib.closing(batches), stop_on_signal() as asked:
@@ -1174,10 +1151,12 @@ def finish(folder, cfg, runtime):
     if importlib.util.find_spec("matplotlib"):
         plot = [sys.executable, Path(__file__).parent / "plots" / "plot.py", folder]
         subprocess.run([*plot, f"--out={folder / 'loss.png'}"], stdout=subprocess.DEVNULL)
-    best = folder / "best.pt"
-    model = best if best.exists() else checkpoints(folder)[-1]
+    best, text = folder / "best.pt", cfg.sample_prompt or "Once upon a time"
+    model, twice = (
+        max([best, *checkpoints(folder)[::-1]], key=Path.exists),
+        f"{2 * cfg.learning_rate:g}",
+    )
     print(f"wrote {folder}/: {', '.join(sorted(p.name for p in folder.iterdir()))}")
-    text, twice = cfg.sample_prompt or "Once upon a time", f"{2 * cfg.learning_rate:g}"
     again = f"{folder}/config.toml --run_name={cfg.run_name}-lr{twice} --learning_rate={twice}"
     print(f'next:  {python()} sample.py --model={model} --prompt="{text}"')
     print(f'       {python()} plots/attention.py --model={model} --text="{text}"')
@@ -1188,10 +1167,17 @@ def finish(folder, cfg, runtime):
 
 
 def main():
-    cfg, name = load_config(sys.argv[1:])
-    with contextlib.closing(Runtime(cfg.device, cfg.dtype)) as runtime:
+    check = "--check" in sys.argv
+    cfg, name = load_config([word for word in sys.argv[1:] if word != "--check"])
+    if restarted(cfg):
+        cfg = replace(cfg, resume=True)
+    with contextlib.closing(Runtime(cfg.device, cfg.dtype, cfg.rank_timeout)) as runtime:
         cfg = replace(cfg, run_name=runtime.agree(lambda: choose_run_name(cfg, name)))
-        train(cfg, runtime)
+        try:
+            train(cfg, runtime, check)
+        except torch.OutOfMemoryError:
+            remedy = "halve --micro_batch_size, which changes no result, and add --resume=True"
+            raise UserError(f"rank {runtime.rank} is out of memory: {remedy}") from None
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What the tests share: a tiny config, its variants, token shards, and commands run as users do."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train_gpt2  # noqa: E402
+from fineweb import to_toml  # noqa: E402
 from train_gpt2 import GPT, Config, Runtime  # noqa: E402
 
 # Idle threads spin: where several processes share few cores, they cost more than they give.
@@ -133,3 +135,24 @@ def run_cli(tmp_path):
         )
 
     return run
+
+
+@pytest.fixture
+def run_faulty(run_cli):
+    """Train with faults (tests/faults.py): run_faulty([[["kill", "update", 3]], []], "x.toml")."""
+
+    def run(lives, *args, launcher=()):
+        return run_cli("tests/faults.py", json.dumps(lives), *args, launcher=launcher)
+
+    return run
+
+
+@pytest.fixture
+def write_toml(tmp_path):
+    """Write a Config where run_cli finds it."""
+
+    def write(cfg, name="x.toml"):
+        (tmp_path / name).write_text(to_toml(cfg), encoding="utf-8")
+        return name
+
+    return write

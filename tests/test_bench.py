@@ -151,9 +151,11 @@ def test_random_tokens_stand_in_for_shards_and_go_again(name, figures, tiny, mon
 def test_loader_is_set_beside_what_training_needs(figures, tiny_run):
     written = figures("loader", *flags(tiny_run), "--steps=5")
     assert written["tokens"] == 2077 and written["batch"] == "4 x 16"
-    assert_positive(written, "start_up_s", "batch_s_median", "ratio_to_needed")
-    rate = written["ratio_to_needed"] * written["needed_tokens_per_s"]
+    assert_positive(written, "start_up_s", "batch_s_median", "15,000,000M_tokens_batch_s")
+    rate = written["needed_tokens_per_s"] / written["share_of_a_step"]
     assert rate == pytest.approx(written["tokens_per_s"])
+    memory = [v for key, v in written.items() if key.endswith("_start_up_mib")]
+    assert len(memory) == 4 and max(memory) < 4
 
 
 @pytest.mark.slow

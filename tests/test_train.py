@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import hellaswag
 import train_gpt2
 from fineweb import UserError, to_toml
 from train_gpt2 import (
@@ -686,14 +687,13 @@ def test_run_without_float16_resumes_with_it(tiny_run, train):
     assert state.step == 4 and state.scaler.get_scale() == 65536
 
 
-def test_hellaswag_is_skipped_on_all_ranks_if_one_has_no_tasks(tiny_run, runtime):
+def test_hellaswag_is_skipped_on_all_ranks_if_one_has_no_tasks(runtime):
     own = ROOT / "tests" / "data" / "hellaswag_own.jsonl"
-    cfg = replace(tiny_run, hellaswag_examples=4, hellaswag_path=str(own))
-    assert len(train_gpt2.hellaswag_tasks(cfg, runtime)) == 4
+    assert len(hellaswag.shared(str(own), 4, runtime)) == 4
     alone = Runtime("cpu", "float32")
     alone.world, alone.sum = 2, lambda ready: ready  # the other rank has none
     alone.agree = lambda decide: decide()
-    assert train_gpt2.hellaswag_tasks(cfg, alone) == []
+    assert hellaswag.shared(str(own), 4, alone) == []
 
 
 @pytest.mark.parametrize("world, near", [(3, 540672), (6, 491520), (7, 573440)])

@@ -1,0 +1,74 @@
+"""What machine this is: which device, whether it can compile, how fast it could be at best."""
+
+import importlib.util
+import os
+import platform
+import shutil
+import sysconfig
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+import fineweb
+from fineweb import UserError
+
+PACKAGES = ("torch", "numpy", "tiktoken", "gigatoken", "pyarrow")  # whose versions decide
+
+
+def find_device(name):
+    """auto -> this rank's GPU, else MPS, else CPU."""
+    gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if gpus else "mps" if mps else "cpu"
+    if not {"cuda": gpus, "mps": mps, "cpu": True}.get(name):
+        raise UserError(f"device={name} is not to be had here; try --device=auto")
+    if name == "cuda" and (ranks := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > gpus:
+        raise UserError(f"{ranks} ranks share {gpus} GPUs here; try --nproc_per_node={gpus}")
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+
+
+def compile_obstacle(device):
+    """Why torch.compile cannot work here, or nothing."""
+    cuda, compilers = device.type == "cuda", (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    obstacles = {
+        "it is not ready for MPS": device.type == "mps",
+        "needs capability 7.0": cuda and torch.cuda.get_device_capability(device) < (7, 0),
+        "the triton package is missing": cuda and not importlib.util.find_spec("triton"),
+        "no C++ compiler; install gcc or clang": not any(map(shutil.which, compilers)),
+        "no Python.h; install this Python's development package": not header.exists(),
+    }
+    return next((why for why, there in obstacles.items() if there), "")
+
+
+PEAK_FLOPS = {  # dense bf16, fp32 accumulation; the first whose words are in the GPU's name
+    "GB200": 2.5e15, "B200": 2.25e15, "H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12,
+    "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A6000": 154.8e12,
+    "A10G": 70e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+def peak_flops(device, dtype):
+    """FLOP/s the device could reach in bf16; 0 where unknown: a wrong MFU is worse than none."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return 0.0
+    words = set(torch.cuda.get_device_name(device).replace("-", " ").split())
+    if words & {"Laptop", "Max", "Ti", "D"}:  # slower or faster than the card of that number
+        return 0.0
+    return next((peak for part, peak in PEAK_FLOPS.items() if words.issuperset(part.split())), 0.0)
+
+
+def describe(model, folder, runtime):
+    """Say what else decides how a run goes: versions, the kind of attention, room on the disk."""
+    cfg, found = model.cfg, filter(importlib.util.find_spec, PACKAGES)
+    versions = ", ".join(f"{package} {version(package)}" for package in found)
+    runtime.print(f"with   Python {platform.python_version()}, {versions}")
+    shape = (1, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
+    q = torch.zeros(shape, dtype=runtime.dtype, device=runtime.device)
+    if choose := getattr(torch, "_fused_sdp_choice", None):  # private, in 2.11 to 2.13
+        backend = torch.nn.attention.SDPBackend(choose(q, q, q, is_causal=True)).name
+        runtime.print(f"by     {backend.lower().replace('_', ' ')}")
+    size = 3 * sum(p.nbytes for p in model.parameters()) * (cfg.keep_checkpoints + 1)
+    fineweb.check_disk(folder, size)
+    runtime.print(f"disk   has room for {size / 2**30:.1f} GiB of checkpoints\nready to train")
