@@ -248,13 +248,16 @@ def bench_tokenize(options):
         run = functools.partial(run_fineweb, options, folder)
         sides = {name: functools.partial(run, name, inputs) for name in names}
         sides["start_up"] = functools.partial(run, names[0], [f"{folder}/little.txt"])
+        parts = []
+        sides["parts"] = lambda: parts.append(time_parts(inputs))
         seconds, manifests = take_turns(sides, options.rounds)
-        parts, megabytes = time_parts(inputs)
-    start_up = float(np.median(seconds.pop("start_up")))
+    _, start_up = seconds.pop("parts"), np.array(seconds.pop("start_up"))
+    parts, megabytes = [spent for spent, _ in parts], parts[0][1]
+    slowest = [max(spent.values()) for spent in parts]
+    alone = {part: megabytes / np.median([spent[part] for spent in parts]) for part in parts[0]}
     same = len({manifests[name] for name in names}) == 1
     tokens = json.loads(manifests["tiktoken"])["tokens"]
     figures = compare(seconds, megabytes, "mb") | compare(seconds, tokens, "tokens")
-    first = np.median(seconds[names[0]])
     return {
         "data": " ".join(options.input) or "python-docs",
         "processes": options.processes or os.cpu_count(),
@@ -262,9 +265,9 @@ def bench_tokenize(options):
         "tokens": tokens,
         **figures,
         "same_shards": same,
-        "start_up_s": start_up,  # of a whole command, in the rates above
-        **{f"{part}_alone_mb_per_s": megabytes / spent for part, spent in parts.items()},
-        "ratio_to_slowest_part": float(max(parts.values()) / (first - start_up)),
+        "start_up_s": float(np.median(start_up)),  # of a whole command, in the rates above
+        **{f"{part}_alone_mb_per_s": float(rate) for part, rate in alone.items()},
+        "ratio_to_slowest_part": float(np.median(slowest / (seconds[names[0]] - start_up))),
     }
 
 
@@ -302,6 +305,7 @@ def time_parts(inputs):
     def tiktoken(texts):
         return fineweb.encode(texts.to_pylist())
 
+    fineweb.fast_tokenizer.cache_clear()  # with the words of the last round
     encode = gigatoken if importlib.util.find_spec("gigatoken") else tiktoken
     encode(fineweb.large_strings(["what a first call sets up"]))
     while block := timed("reading", next, blocks, None):

@@ -15,7 +15,6 @@ files -> blocks of texts (Arrow strings) -> tokens (uint16) -> shards -> manifes
 """
 
 import ast
-import base64
 import collections
 import contextlib
 import datetime
@@ -38,7 +37,6 @@ import shutil
 import signal
 import sys
 import sysconfig
-import tempfile
 import threading
 import time
 import tomllib
@@ -566,15 +564,21 @@ def read_lines(path, column, skip):
 
 def whole_lines(file):
     """Yield what the file holds in stretches of about BLOCK_BYTES that end with a line."""
-    held = []  # the beginning of a line
-    while data := file.read(BLOCK_BYTES):
-        end = data.rfind(b"\n") + 1
-        if end:
-            yield b"".join([*held, memoryview(data)[:end]])
-            held = []
-        held.append(data[end:])
-    if last := b"".join(held):
-        yield last
+    held = b""  # the beginning of a line
+    while True:
+        data = bytearray(len(held) + BLOCK_BYTES)  # which is read into, not copied
+        with memoryview(data) as view:
+            view[: len(held)] = held
+            size = file.readinto(view[len(held) :])
+        if not size:
+            break
+        end = data.rfind(b"\n", 0, len(held) + size) + 1
+        held = bytes(data[end : len(held) + size])
+        del data[end:]
+        if data:
+            yield data
+    if held:
+        yield held
 
 
 def parse_lines(data, lines, column, path, start):
@@ -787,6 +791,9 @@ def disputed(texts):
 SMALL = 10_000  # bytes that cost tiktoken less than a call costs gigatoken
 
 
+TABLE = Path(__file__).parent / "assets" / "gpt2.tiktoken"  # `<token in base64> <id>` a line
+
+
 class FastTokenizer:
     """The same tokens as `encode`, by gigatoken.
 
@@ -797,19 +804,13 @@ class FastTokenizer:
     RENEWAL = 5.0
 
     def __init__(self):
-        # tiktoken's table, and no special token: their text is ordinary
-        table = map(tokenizer().decode_single_token_bytes, range(END_OF_TEXT))
-        lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(table)]
-        self.table = b"".join(lines)
         self.renew()
 
     def renew(self):
         import gigatoken
 
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "gpt2.tiktoken")
-            path.write_bytes(self.table)
-            self.gigatoken = gigatoken.Tokenizer.from_tiktoken(path, pretokenizer="gpt2")
+        # tiktoken's table, and no special token: their text is ordinary
+        self.gigatoken = gigatoken.Tokenizer.from_tiktoken(TABLE, pretokenizer="gpt2")
         self.worked = 0.0
 
     def encode(self, texts):

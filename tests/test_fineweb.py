@@ -1,5 +1,6 @@
 """fineweb.py: every token of every document once, in order, in shards that are whole or absent."""
 
+import base64
 import contextlib
 import copy
 import gzip
@@ -452,6 +453,13 @@ def test_gigatoken_renewed_after_every_batch_gives_the_same_tokens(monkeypatch):
     for texts in (TEXTS[:20], TEXTS[20:], ["word " * 9]):
         assert made.encode(fineweb.large_strings(texts)).tolist() == reference(texts)
     assert made.gigatoken is not first
+
+
+def test_table_for_gigatoken_is_tiktokens():
+    lines = [line.split() for line in fineweb.TABLE.read_bytes().splitlines()]
+    table = {base64.b64decode(token): int(number) for token, number in lines}
+    bytes_of = fineweb.tokenizer().decode_single_token_bytes
+    assert table == {bytes_of(number): number for number in range(END_OF_TEXT)}
 
 
 @with_gigatoken
