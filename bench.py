@@ -13,7 +13,6 @@ machine does slows both sides. Above 1, the side named first is the faster.
 import collections
 import contextlib
 import functools
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -78,8 +77,7 @@ def report(figures, path):
     """Print the figures, and what they were taken with, as a table; write the same as JSON."""
     figures |= {"threads": torch.get_num_threads(), "cores": os.cpu_count()}
     figures |= {"machine": platform.machine(), "python": platform.python_version()}
-    installed = filter(importlib.util.find_spec, hardware.PACKAGES)
-    figures |= {package: importlib.metadata.version(package) for package in installed}
+    figures |= hardware.versions()
     for key, value in figures.items():
         if type(value) in (int, float):
             value = f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"

@@ -483,12 +483,10 @@ BLOCK_BYTES = 1 << 23  # of text: large enough to hide what a Block costs, small
 
 def file_kind(path):
     """The key of READERS that a file's name ends in, before .gz or .zst if any; "" for none."""
-    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
-    if suffixes and suffixes[-1] in COMPRESSED:
-        suffixes.pop()
-    packed = len(suffixes) < len(Path(path).suffixes)
-    known = [kind for kind in READERS if not (packed and kind == ".parquet")]
-    return suffixes[-1] if suffixes and suffixes[-1] in known else ""
+    suffixes = ["", *(suffix.lower() for suffix in Path(path).suffixes)]
+    packed = suffixes[-1] in COMPRESSED
+    kind = suffixes[-2 if packed else -1]
+    return kind if kind in READERS and not (packed and kind == ".parquet") else ""
 
 
 def read_file(path, column, skip):
@@ -1199,10 +1197,9 @@ def check_shards(folder, manifest, more=False):
     listed, found = {s["file"]: s["tokens"] for s in manifest["shards"]}, shard_files(folder)
     lacking, strange = listed.keys() - found, found - listed.keys()
     if lacking or (strange and not more):
-        state = f"lacks shards that its {MANIFEST} lists" if lacking else "holds other shards than"
-        state += "" if lacking else f" its {MANIFEST} lists"
+        state = "lacks shards that" if lacking else "holds other shards than"
         named = ", ".join(sorted(lacking or strange)[:5])
-        raise UserError(f"{folder} {state} ({named}): {ANEW}")
+        raise UserError(f"{folder} {state} its {MANIFEST} lists ({named}): {ANEW}")
     for name, tokens in listed.items():
         if (size := len(open_shard(folder / name))) != tokens:
             lengths = f"{MANIFEST} says {tokens:,} tokens, found {size:,}"
@@ -1252,12 +1249,12 @@ def prepare(options):
     options = resolve(options)
     folder = Path(options.out_dir)
     ranks = Ranks()
-    manifest, there = begin(options, ranks)
+    manifest, there = begin(options, ranks)  # of a finished folder nothing is touched
     if there:
         ranks.print("already there: ", end="")
     else:
         with locked(folder, ranks):
-            manifest, _ = begin(options, ranks)
+            manifest, _ = begin(options, ranks)  # another run may have changed it until now
             ranks.gather()  # all have looked before any writes
             make = fetch_shards if options.source == "pretokenized" else write_shards
             make(options, ranks, manifest)

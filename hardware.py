@@ -59,11 +59,15 @@ def peak_flops(device, dtype):
     return next((peak for part, peak in PEAK_FLOPS.items() if words.issuperset(part.split())), 0.0)
 
 
+def versions():
+    """{package: its version} of those that are installed."""
+    return {name: version(name) for name in PACKAGES if importlib.util.find_spec(name)}
+
+
 def describe(model, folder, runtime):
     """Say what else decides how a run goes: versions, the kind of attention, room on the disk."""
-    cfg, found = model.cfg, filter(importlib.util.find_spec, PACKAGES)
-    versions = ", ".join(f"{package} {version(package)}" for package in found)
-    runtime.print(f"with   Python {platform.python_version()}, {versions}")
+    cfg, found = model.cfg, [f"{package} {number}" for package, number in versions().items()]
+    runtime.print(f"with   Python {platform.python_version()}, {', '.join(found)}")
     shape = (1, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
     q = torch.zeros(shape, dtype=runtime.dtype, device=runtime.device)
     if choose := getattr(torch, "_fused_sdp_choice", None):  # private, in 2.11 to 2.13

@@ -1151,11 +1151,9 @@ def finish(folder, cfg, runtime):
     if importlib.util.find_spec("matplotlib"):
         plot = [sys.executable, Path(__file__).parent / "plots" / "plot.py", folder]
         subprocess.run([*plot, f"--out={folder / 'loss.png'}"], stdout=subprocess.DEVNULL)
-    best, text = folder / "best.pt", cfg.sample_prompt or "Once upon a time"
-    model, twice = (
-        max([best, *checkpoints(folder)[::-1]], key=Path.exists),
-        f"{2 * cfg.learning_rate:g}",
-    )
+    best, saved = folder / "best.pt", checkpoints(folder)
+    model = saved[-1] if saved and not best.exists() else best
+    text, twice = cfg.sample_prompt or "Once upon a time", f"{2 * cfg.learning_rate:g}"
     print(f"wrote {folder}/: {', '.join(sorted(p.name for p in folder.iterdir()))}")
     again = f"{folder}/config.toml --run_name={cfg.run_name}-lr{twice} --learning_rate={twice}"
     print(f'next:  {python()} sample.py --model={model} --prompt="{text}"')
