@@ -244,28 +244,33 @@ def bench_tokenize(options):
             Path(inputs[0]).write_text("".join(lines), encoding="utf-8")
         Path(folder, "little.txt").write_text("a little text " * 20_000, encoding="utf-8")
         run = functools.partial(run_fineweb, options, folder)
-        sides = {name: functools.partial(run, name, inputs) for name in names}
-        sides["start_up"] = functools.partial(run, names[0], [f"{folder}/little.txt"])
         parts = []
-        sides["parts"] = lambda: parts.append(time_parts(inputs))
+        sides = {"parts": lambda: parts.append(time_parts(inputs))}
+        sides["start_up"] = functools.partial(run, names[0], [f"{folder}/little.txt"])
+        sides |= {name: functools.partial(run, name, inputs) for name in reversed(names)}
         seconds, manifests = take_turns(sides, options.rounds)
-    _, start_up = seconds.pop("parts"), np.array(seconds.pop("start_up"))
+    start_up = np.array(seconds["start_up"])
+    seconds = {name: seconds[name] for name in names}
     parts, megabytes = [spent for spent, _ in parts], parts[0][1]
+    cores = options.processes or os.cpu_count()
+    whole = seconds[names[0]] - start_up
     slowest = [max(spent.values()) for spent in parts]
+    shared = [sum(spent.values()) / min(cores, 3) for spent in parts]
     alone = {part: megabytes / np.median([spent[part] for spent in parts]) for part in parts[0]}
     same = len({manifests[name] for name in names}) == 1
     tokens = json.loads(manifests["tiktoken"])["tokens"]
     figures = compare(seconds, megabytes, "mb") | compare(seconds, tokens, "tokens")
     return {
         "data": " ".join(options.input) or "python-docs",
-        "processes": options.processes or os.cpu_count(),
+        "processes": cores,
         "mb": megabytes,  # of UTF-8, whatever the format of the files
         "tokens": tokens,
         **figures,
         "same_shards": same,
         "start_up_s": float(np.median(start_up)),  # of a whole command, in the rates above
         **{f"{part}_alone_mb_per_s": float(rate) for part, rate in alone.items()},
-        "ratio_to_slowest_part": float(np.median(slowest / (seconds[names[0]] - start_up))),
+        "ratio_to_slowest_part": float(np.median(slowest / whole)),
+        "ratio_to_parts_sharing_cores": float(np.median(shared / whole)),
     }
 
 
@@ -295,15 +300,14 @@ def time_parts(inputs):
         seconds[part] += time.perf_counter() - begin
         return result
 
-    def gigatoken(texts):  # its own call, on all cores
-        import awkward
+    fast = fineweb.FastTokenizer()  # without the words of the last round
 
-        return fineweb.fast_tokenizer().gigatoken.encode_batch(awkward.from_arrow(texts))
+    def gigatoken(texts):
+        return fast.encode_together(texts)
 
     def tiktoken(texts):
         return fineweb.encode(texts.to_pylist())
 
-    fineweb.fast_tokenizer.cache_clear()  # with the words of the last round
     encode = gigatoken if importlib.util.find_spec("gigatoken") else tiktoken
     encode(fineweb.large_strings(["what a first call sets up"]))
     while block := timed("reading", next, blocks, None):

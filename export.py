@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from fineweb import END_OF_TEXT, UserError, command_line, run, to_toml
+from fineweb import END_OF_TEXT, TABLE, UserError, command_line, run, to_toml
 from train_gpt2 import GPT, VOCABULARY, Config, load_model, read_checkpoint
 
 
@@ -25,12 +25,6 @@ from train_gpt2 import GPT, VOCABULARY, Config, load_model, read_checkpoint
 class Options:
     model: str  # a checkpoint, a Hugging Face folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl
     out_dir: str  # the folder to make: new, or empty
-
-
-TABLES = {  # the tokenizer's, in tiktoken's cache under the SHA-1 of where they come from
-    "vocab.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
-    "merges.txt": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
-}
 
 
 def check(cfg):
@@ -176,8 +170,8 @@ def export(name, out_dir):
         shutil.copymode(folder / "README.md", folder / "model.safetensors")
         for file, content in configs(model.cfg).items():
             (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        for file, table in TABLES.items():
-            shutil.copyfile(Path(__file__).parent / "assets" / "tiktoken" / table, folder / file)
+        for file in ("vocab.json", "merges.txt"):
+            shutil.copyfile(TABLE.parent / file, folder / file)
 
 
 def main():

@@ -15,6 +15,7 @@ files -> blocks of texts (Arrow strings) -> tokens (uint16) -> shards -> manifes
 """
 
 import ast
+import base64
 import collections
 import contextlib
 import datetime
@@ -50,7 +51,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 import tiktoken
 import tyro
+from tiktoken_ext.openai_public import r50k_pat_str
 
+TABLE = Path(__file__).parent / "assets" / "gpt2.tiktoken"  # `<token in base64> <id>` a line
+MARK = "<|endoftext|>"
 END_OF_TEXT = 50256  # also the last id of the GPT-2 vocabulary: ids above it only pad matrices
 BIN_HEADER = 256  # int32 values before the tokens of a .bin shard (llm.c, modded-nanogpt)
 BIN_MAGIC, BIN_VERSION = 20240520, 1
@@ -129,9 +133,15 @@ def to_toml(options):
 
 @functools.cache
 def tokenizer():
-    """tiktoken's GPT-2 encoding, from the tables in assets/ so that no run needs the network."""
-    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(Path(__file__).parent / "assets" / "tiktoken"))
-    return tiktoken.get_encoding("gpt2")
+    """tiktoken's GPT-2 encoding, from the table in assets/, so that no run needs the network."""
+    lines = (line.split() for line in TABLE.read_bytes().splitlines())
+    return tiktoken.Encoding(
+        "gpt2",
+        pat_str=r50k_pat_str,
+        mergeable_ranks={base64.b64decode(token): int(number) for token, number in lines},
+        special_tokens={MARK: END_OF_TEXT},
+        explicit_n_vocab=END_OF_TEXT + 1,
+    )
 
 
 @contextlib.contextmanager
@@ -185,7 +195,7 @@ def open_shard(path, scattered=False):
 def _open_npy(path):
     try:
         tokens = np.lib.format.open_memmap(path, mode="r")
-    except OSError:
+    except (OSError, SystemError):  # the second is Python 3.11's, of a header that is whole
         raise
     except Exception as error:  # numpy's parser of the header fails in many ways
         raise UserError(
@@ -553,7 +563,8 @@ def read_lines(path, column, skip):
     with open_bytes(path) as (file, share):
         start = 0
         for data in whole_lines(file):
-            lines = data.count(b"\n") + (not data.endswith(b"\n"))
+            ends = count(np.frombuffer(data, np.uint8), ord("\n"))
+            lines = ends + (not data.endswith(b"\n"))
             if start >= skip:
                 load = functools.partial(parse_lines, data, lines, column, path, start)
                 yield Block(load, start, share(), len(data))
@@ -577,6 +588,14 @@ def whole_lines(file):
             yield data
     if held:
         yield held
+
+
+PIECE = 1 << 16  # of a large array: what is made of one stays in the processor's cache
+
+
+def count(array, value):
+    pieces = (array[i : i + PIECE] for i in range(0, len(array), PIECE))
+    return sum(int(np.count_nonzero(piece == value)) for piece in pieces)
 
 
 def parse_lines(data, lines, column, path, start):
@@ -713,9 +732,10 @@ AHEAD = 8  # Blocks to read while the tokenizers start up
 
 def tokenize(blocks, options):
     """Yield (block, its tokens, uint16) in order; parsing and tokenizing run beside the reading."""
-    fast, workers = options.tokenizer == "gigatoken", options.processes
+    workers = options.processes
+    fast = FastTokenizer() if options.tokenizer == "gigatoken" else None
     if fast or workers == 1:
-        workers = min(workers, 4)  # gigatoken takes one text at a time; the others parse
+        workers = min(workers, 4)  # one feeds gigatoken, the others parse
         pool = ThreadPoolExecutor(workers)
     else:
         spawn = multiprocessing.get_context("spawn")  # the one way that works on every system
@@ -747,7 +767,7 @@ def follow_parent():
 
 def encode_block(block, fast):
     texts = block.load()
-    tokens = fast_tokenizer().encode(texts) if fast else encode(texts.to_pylist())
+    tokens = fast.encode(texts) if fast else encode(texts.to_pylist())
     if not block.whole:
         within = tokens == END_OF_TEXT
         within[:1] = block.start > 0
@@ -778,7 +798,9 @@ def disputed(texts):
     _, offsets, data = texts.buffers()
     ends = np.frombuffer(offsets, np.int64)[texts.offset :][: len(texts) + 1]
     data = np.frombuffer(data or b"", np.uint8)[ends[0] : ends[-1]]
-    at = np.flatnonzero(data >= 0xE0)  # of a character's three or four bytes the first
+    # of a character's three or four bytes the first
+    at = [np.flatnonzero(data[i : i + PIECE] >= 0xE0) + i for i in range(0, len(data), PIECE)]
+    at = np.concatenate([*at, np.empty(0, np.int64)])
     begin = data[at].astype(np.uint16) << 8 | data[at + 1]
     at = at[(begin >= 0xF000) | np.isin(begin, DISPUTED_BYTES)]
     first = (bytes(data[i : i + 4]).decode(errors="ignore")[0] for i in at)
@@ -789,11 +811,8 @@ def disputed(texts):
 SMALL = 10_000  # bytes that cost tiktoken less than a call costs gigatoken
 
 
-TABLE = Path(__file__).parent / "assets" / "gpt2.tiktoken"  # `<token in base64> <id>` a line
-
-
 class FastTokenizer:
-    """The same tokens as `encode`, by gigatoken.
+    """The same tokens as `encode`, by gigatoken, which works on one Block at a time.
 
     It keeps every word it meets (0.10: 7 GB after 0.5 GB of random ones) and has no way to forget
     them, so it is made anew after RENEWAL seconds of work: a word that is new to it takes 0.5 us.
@@ -802,42 +821,50 @@ class FastTokenizer:
     RENEWAL = 5.0
 
     def __init__(self):
-        self.renew()
-
-    def renew(self):
-        import gigatoken
-
-        # tiktoken's table, and no special token: their text is ordinary
-        self.gigatoken = gigatoken.Tokenizer.from_tiktoken(TABLE, pretokenizer="gpt2")
-        self.worked = 0.0
+        self.lock, self.gigatoken, self.worked = threading.Lock(), None, 0.0
 
     def encode(self, texts):
         """The tokens of a pyarrow array of large_string, as `encode` gives them."""
+        import pyarrow.compute as pc
+
         if texts.nbytes < SMALL:
             return encode(texts.to_pylist())
-        parts, start = [], 0
-        for row in disputed(texts):
-            parts += [self.encode_agreed(texts[start:row]), encode([texts[row].as_py()])]
-            start = row + 1
-        return np.concatenate([*parts, self.encode_agreed(texts[start:])])
+        if pc.min(lengths := pc.binary_length(texts)).as_py() == 0:
+            texts = texts.filter(pc.greater(lengths, 0))
+        apart = disputed(texts)
+        tokens = self.encode_but(apart, texts)
+        if count(tokens, END_OF_TEXT) > len(texts):  # a text spells the mark
+            apart += np.flatnonzero(pc.match_substring(texts, MARK)).tolist()
+            tokens = self.encode_but(sorted(set(apart)), texts)
+        return tokens
 
-    def encode_agreed(self, texts):
-        import awkward  # gigatoken's array of arrays, which shares memory with Arrow's
+    def encode_but(self, apart, texts):
+        """The tokens of texts, with those whose numbers are in `apart` by tiktoken."""
+        parts, start = [], 0
+        for row in apart:
+            parts += [self.encode_together(texts[start:row]), encode([texts[row].as_py()])]
+            start = row + 1
+        parts.append(self.encode_together(texts[start:]))
+        return np.concatenate(parts) if apart else parts[0]
+
+    def encode_together(self, texts):
+        import gigatoken
+        import pyarrow.compute as pc
 
         if not len(texts):
             return np.empty(0, dtype=np.uint16)
-        begin = time.thread_time()
-        rows = self.gigatoken.encode_batch(awkward.from_arrow(texts), parallel=False)
-        self.worked += time.thread_time() - begin
-        if self.worked > self.RENEWAL:
-            self.renew()
-        ends, flat = rows.layout.offsets.data, rows.layout.content.data.astype(np.uint16)
-        return np.insert(flat, ends[:-1][np.diff(ends) > 0], END_OF_TEXT)
-
-
-@functools.cache
-def fast_tokenizer():
-    return FastTokenizer()
+        mark, glue = large_strings([MARK, ""])
+        marked = pc.binary_join_element_wise(mark, texts, glue).buffers()[2].to_pybytes()
+        with self.lock:
+            if not self.gigatoken or self.worked > self.RENEWAL:
+                known = dict(pretokenizer="gpt2", special_tokens={MARK: END_OF_TEXT})
+                self.gigatoken = gigatoken.Tokenizer.from_tiktoken(TABLE, **known)
+                self.worked = 0.0
+            begin = time.thread_time()
+            # of its ways this one lets other threads run and gives one array
+            rows, _ = self.gigatoken.encode_batch_padded([marked], 0, parallel=False)
+            self.worked += time.thread_time() - begin
+        return rows[0].astype(np.uint16)
 
 
 # ---------------------------------------------------------------- tokens to shards
@@ -922,10 +949,11 @@ def foresee(out_dir, ranks, size):
     """Say how much is to come, and that the disk has room for it; a UserError if not."""
     from tqdm import tqdm
 
-    check_disk(out_dir, size * ranks.world)
-    tokens, size = (tqdm.format_sizeof(n * ranks.world) for n in (size // 2, size))
+    free = check_disk(out_dir, size * ranks.world)
+    sizes = size // 2 * ranks.world, size * ranks.world, free
+    tokens, size, free = map(tqdm.format_sizeof, sizes)
     if ranks.rank == 0:  # the bar is on the screen
-        tqdm.write(f"to come: about {tokens} tokens, {size}B of shards")
+        tqdm.write(f"to come: about {tokens} tokens, {size}B of shards; {free}B are free")
 
 
 def cut(stream, sizes, skip=0):
@@ -967,8 +995,7 @@ def describe(path):
     tokens = open_shard(path)
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    parts = (tokens[i : i + BLOCK_BYTES] for i in range(0, len(tokens), BLOCK_BYTES))
-    documents = sum(int(np.count_nonzero(part == END_OF_TEXT)) for part in parts)
+    documents = count(tokens, END_OF_TEXT)
     return dict(file=path.name, documents=documents, tokens=len(tokens), sha256=sha256)
 
 
@@ -1230,7 +1257,7 @@ def verify(folder):
 
 
 def check_disk(folder, size):
-    """A UserError where the disk of a folder has no room for `size` bytes more."""
+    """The bytes free on the disk of a folder; a UserError where `size` more have no room."""
     from tqdm import tqdm
 
     folder = Path(folder).absolute()
@@ -1239,6 +1266,7 @@ def check_disk(folder, size):
     if size > free:
         room = f"{tqdm.format_sizeof(size, 'B')} more, {tqdm.format_sizeof(free, 'B')} are free"
         raise UserError(f"{folder} needs {room}: free some, or take another folder")
+    return free
 
 
 # ---------------------------------------------------------------- the command

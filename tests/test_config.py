@@ -281,8 +281,7 @@ def imported(tmp_path_factory):
 @pytest.mark.parametrize("module", MODULES)
 def test_importing_has_no_side_effect(imported, module):
     found = imported[module]
-    allowed = {"THP_MEM_ALLOC_ENABLE", "TIKTOKEN_CACHE_DIR"}
-    assert set(found.pop("environment")) <= allowed
+    assert set(found.pop("environment")) <= {"THP_MEM_ALLOC_ENABLE"}
     if module == "export":  # writing that format is what it is for
         found["optional"].remove("safetensors")
     assert not any(found.values()), found
