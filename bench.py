@@ -27,6 +27,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
 
 import fineweb
@@ -34,6 +35,7 @@ import hardware
 import hellaswag
 import train_gpt2 as gpt
 from fineweb import UserError
+from sample import best_step
 
 NEEDED = 600_000  # tokens/s of training on one fast GPU, which the loader has to feed
 SIZES = 10**6, 10**9, 10**12, 15 * 10**12  # tokens of the loader's holes
@@ -357,27 +359,43 @@ def open_model(options):
     return runtime, model.to(runtime.device), figures
 
 
+def one_at_a_time(model, tasks, device):
+    """build-nanogpt's way: a task's four rows at once, each with its context, and all logits."""
+    for index, task in enumerate(tasks):
+        rows = [torch.tensor(task.context + ending) for ending in task.endings]
+        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+        ending = torch.zeros_like(tokens, dtype=torch.bool)
+        for row, mask in zip(rows, ending, strict=True):
+            mask[len(task.context) : len(row)] = True
+        logits = model(tokens[:, :-1])[..., : gpt.VOCABULARY].float()
+        nll = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+        total = (nll.view(4, -1) * ending[:, 1:]).sum(1)
+        characters = torch.tensor(task.characters, device=device)
+        yield index, *hellaswag.pick(total, ending.sum(1), characters)
+
+
 def bench_hellaswag(options):
-    """HellaSwag in batches, beside one task at a time, and on how many tasks they agree"""
+    """HellaSwag packed and batched, beside one task at a time, and on how many tasks they agree"""
     runtime, model, figures = open_model(options)
     tasks = hellaswag.load(options.data, options.examples)
+    if any(len(t.context) + max(map(len, t.endings)) - 1 > model.cfg.block_size for t in tasks):
+        raise UserError(f"block_size={model.cfg.block_size} is too short for these tasks")
 
-    def score(tasks, **batch):
-        args = (model.logits_at, tasks, model.cfg.block_size, runtime.device)
-        return sorted(hellaswag.predictions(*args, **batch))
+    def score(predictions, tasks):
+        return sorted(predictions(model, tasks, runtime.device))
 
     with gpt.evaluating(model, runtime):
-        score(tasks[:8])  # what only a first forward pass sets up is neither side's time
-        batched = functools.partial(score, tasks)
-        alone = functools.partial(score, tasks, batch_rows=4)
-        seconds, picks = take_turns({"batched": batched, "one_at_a_time": alone}, options.rounds)
+        score(hellaswag.predictions, tasks[:8])  # what only a first pass sets up is no side's time
+        sides = {"batched": hellaswag.predictions, "one_at_a_time": one_at_a_time}
+        sides = {name: functools.partial(score, way, tasks) for name, way in sides.items()}
+        seconds, picks = take_turns(sides, options.rounds)
     agreeing = sum(a == b for a, b in zip(*picks.values(), strict=True))
     # below float32 rounding may turn a near tie
     figures |= {"tasks": len(tasks), "tasks_that_agree": agreeing}
     return figures | compare(seconds, len(tasks), "tasks")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate_uncached(model, idx, max_new_tokens, how, generator=None):
     """As `generate`, but the whole context is read again for each token, and no row ends."""
     for _ in range(max_new_tokens):
@@ -387,22 +405,42 @@ def generate_uncached(model, idx, max_new_tokens, how, generator=None):
         idx = torch.cat((idx, new), dim=1)
 
 
+def transformers_sampler(model, runtime):
+    """(idx, length) -> None: transformers' generate by a model of the same size, untrained."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    c = model.cfg
+    sizes = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, n_positions=c.block_size)
+    theirs = GPT2LMHeadModel(GPT2Config(**sizes)).to(runtime.device, runtime.dtype).eval()
+    how = dict(do_sample=True, top_k=50, pad_token_id=gpt.END_OF_TEXT)
+
+    def sample(idx, length):
+        theirs.generate(idx, min_new_tokens=length, max_new_tokens=length, **how)
+
+    return sample
+
+
 def bench_sample(options):
-    """generate() with its cache, beside reading the whole context again for each token"""
+    """generate() with its cache, beside itself without, and transformers where it is installed"""
     runtime, model, figures = open_model(options)
     idx = torch.zeros(options.batch, 1, dtype=torch.long, device=runtime.device)
 
-    def sample(generate, length):
+    def sample(generate, length, **how):
         generator = torch.Generator(runtime.device).manual_seed(1337)
-        new = generate(model, idx, length, gpt.Sampling(top_k=50), generator)
-        return torch.cat(list(new), dim=1).tolist()  # waits for the device
+        with gpt.evaluating(model, runtime):
+            new = generate(model, idx, length, gpt.Sampling(top_k=50), generator, **how)
+            return torch.cat(list(new), dim=1).tolist()  # waits for the device
 
-    with gpt.evaluating(model, runtime):
-        # a trained model may end early: the same seed at the same token, so both make as many
-        length = len(sample(gpt.generate, options.max_new_tokens)[0])
-        cached = functools.partial(sample, gpt.generate, length)
-        uncached = functools.partial(sample, generate_uncached, length)
-        seconds, _ = take_turns({"cached": cached, "uncached": uncached}, options.rounds)
+    def cached(length):
+        return sample(gpt.generate, length, step=best_step(runtime.device))
+
+    # a trained model may end early: the same seed at the same token, so all make as many
+    length = len(cached(options.max_new_tokens)[0])
+    sides = {"cached": functools.partial(cached, length)}
+    sides["uncached"] = functools.partial(sample, generate_uncached, length)
+    if importlib.util.find_spec("transformers") and length < model.cfg.block_size:
+        sides["transformers"] = functools.partial(transformers_sampler(model, runtime), idx, length)
+    seconds, _ = take_turns(sides, options.rounds)
     figures |= {"batch": options.batch, "new_tokens": length}
     return figures | compare(seconds, length * options.batch, "tokens")
 

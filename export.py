@@ -1,9 +1,11 @@
-"""A model as a Hugging Face folder, which transformers loads as GPT2LMHeadModel.
+"""A model as a Hugging Face folder, which transformers loads.
 
     python export.py --model=log/gpt2_124m/best.pt --out_dir=my_gpt2
 
-Biases that the model was trained without are written as zeros, which is the same function. Variants
-that GPT-2 has no name for are refused. GPT.from_pretrained("my_gpt2") is the way back.
+GPT-2's architecture becomes a GPT2LMHeadModel: biases that the model was trained without are zeros,
+which is the same function. RoPE, SwiGLU and RMSNorm without biases, as configs/gpt2_124m_llama.toml
+has them, become a LlamaForCausalLM. All else is refused. GPT.from_pretrained("my_gpt2") is the way
+back.
 """
 
 import contextlib
@@ -11,68 +13,60 @@ import json
 import math
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 
-from fineweb import END_OF_TEXT, TABLE, UserError, command_line, run, to_toml
-from train_gpt2 import GPT, VOCABULARY, Config, load_model, read_checkpoint
+from fineweb import END_OF_TEXT, TABLE, UserError, check_disk, command_line, run, to_toml
+from pretrained import KINDS
+from train_gpt2 import VOCABULARY, load_model, read_checkpoint
 
 
 @dataclass(frozen=True)
 class Options:
-    model: str  # a checkpoint, a Hugging Face folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl
+    model: str  # a checkpoint, a Hugging Face folder or owner/name, gpt2[-medium|-large|-xl]
     out_dir: str  # the folder to make: new, or empty
 
 
-def check(cfg):
-    """UserError with every setting that GPT2LMHeadModel has no counterpart for."""
-    gpt2, toggles = Config(), ("pos_embedding", "mlp", "norm", "qk_norm", "logit_softcap")
-    values = [(key, getattr(cfg, key)) for key in toggles]
-    wrong = [f"{key}={value}" for key, value in values if value != getattr(gpt2, key)]
-    if cfg.vocab_size < VOCABULARY:
-        wrong.append(f"vocab_size={cfg.vocab_size}")
-    if wrong:
+def find_kind(cfg):
+    """The model_type that computes the same; UserError with all that keeps it from the nearer."""
+    wrong = {}
+    for model_type, kind in KINDS.items():
+        values = {key: getattr(cfg, key) for key in kind.toggles}
+        wrong[model_type] = [f"{k}={v}" for k, v in values.items() if v != kind.toggles[k]]
+        if cfg.vocab_size < VOCABULARY:
+            wrong[model_type].append(f"vocab_size={cfg.vocab_size}")
+    nearest = min(wrong, key=lambda model_type: len(wrong[model_type]))
+    if wrong[nearest]:
         raise UserError(
-            f"GPT2LMHeadModel has no {', '.join(wrong)}: such a model cannot be exported\n"
+            f"neither {' nor '.join(kind.name for kind in KINDS.values())}: the nearer, "
+            f"{KINDS[nearest].name}, has no {', '.join(wrong[nearest])}\n"
             "       keep the checkpoint: --model and --init_from take it as it is"
         )
+    return nearest
 
 
-def gpt2_weights(model):
-    """The tensors under OpenAI's names, for GPT-2's ids alone, with zeros for absent biases."""
-    own = model.state_dict()
-    with torch.device("meta"):  # names and shapes; a tied head has no name of its own
-        full = GPT(replace(model.cfg, bias=True, qkv_bias=True)).named_parameters()
-    weights = {}
-    for key, like in full:
-        p = own[key] if key in own else torch.zeros(like.shape)
-        if key in ("transformer.wte.weight", "lm_head.weight"):
-            p = p[:VOCABULARY]
-        elif p.dim() == 2 and ".h." in key:
-            p = p.t()  # OpenAI's linear layers are stored transposed
-        weights[key] = p.contiguous()
-    return weights
+def tensors(model, kind):
+    """The parameters under transformers' names, for GPT-2's ids alone."""
+    own = dict(model.named_parameters())  # a tied head has no name of its own
+    for key in own.keys() & {"transformer.wte.weight", "lm_head.weight"}:
+        own[key] = own[key][:VOCABULARY]
+    theirs = kind.to_theirs(own, model.cfg.n_layer)
+    return {key: p.detach().contiguous() for key, p in theirs.items()}
 
 
-def configs(cfg):
+def configs(cfg, model_type):
     """{file name: content} of the folder's JSON files."""
-    ends = {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT}
+    kind, ends = KINDS[model_type], {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT}
+    sizes = asdict(replace(cfg, vocab_size=VOCABULARY))
     model = {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": VOCABULARY,
-        "n_positions": cfg.block_size,
-        "n_layer": cfg.n_layer,
-        "n_head": cfg.n_head,
-        "n_embd": cfg.n_embd,
-        "activation_function": "gelu_new",  # GELU's tanh form
-        "layer_norm_epsilon": 1e-5,
-        **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), cfg.dropout),
-        "tie_word_embeddings": cfg.tie_embeddings,
-        "torch_dtype": "float32",
+        "architectures": [kind.name],
+        "model_type": model_type,
+        **{theirs: sizes[ours] for ours, theirs in kind.sizes.items()},
+        **kind.computed(sizes),
+        **dict.fromkeys(kind.dropouts, cfg.dropout),
+        **dict.fromkeys(("dtype", "torch_dtype"), "float32"),  # from transformers 5 on; before
     }
     tokens = {
         "tokenizer_class": "GPT2Tokenizer",
@@ -88,22 +82,41 @@ def configs(cfg):
     }
 
 
-def model_card(name, cfg, parameters, checkpoint):
-    """README.md. A pretrained model ({} for checkpoint) does not know how it was trained."""
+def run_rows(name):
+    """What a checkpoint, and log.txt beside it, tell of the run: rows of the model card."""
+    cfg, checkpoint = read_checkpoint(name)
+    steps, best = checkpoint["step"], checkpoint["best"]
+    rows = {"data": Path(cfg.data_dir).name, "optimizer steps": f"{steps:,}"}
+    if not cfg.grad_accum_steps:  # else tokens depend on the number of ranks
+        rows["training tokens"] = f"{steps * cfg.total_batch_size:,}"
+    if math.isfinite(best):
+        rows["best validation loss"] = f"{best:.4f} (perplexity {math.exp(best):.2f})"
+    scores = hellaswag_scores(Path(name).with_name("log.txt"))
+    if scored := [step for step in scores if step <= steps]:
+        step, examples = max(scored), f"hellaswag_examples={cfg.hellaswag_examples}"
+        row = "HellaSwag acc_norm, as build-nanogpt scores it"
+        rows[row] = f"{scores[step]:.4f} (step {step:,}, {examples})"
+    return rows
+
+
+def hellaswag_scores(log):
+    """{step: acc_norm} of a log.txt; {} if there is none. The last line of a step counts."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    words = [line.split() for line in text.split("\n")[:-1]]  # what a kill has torn has no end
+    return {int(w[0]): float(w[2]) for w in words if len(w) == 3 and w[1] == "hella"}
+
+
+def model_card(title, name, cfg, kind, parameters):
+    """README.md of the model `name`: a pretrained one does not tell how it was trained."""
     rows = {
+        "architecture": kind.name,
         "parameters": f"{parameters:,}",
         "layers, heads, width": f"{cfg.n_layer}, {cfg.n_head}, {cfg.n_embd}",
         "context": f"{cfg.block_size:,} tokens",
     }
     settings = ""
-    if checkpoint:
-        steps, best = checkpoint["step"], checkpoint["best"]
-        rows["data"] = Path(cfg.data_dir).name
-        rows["optimizer steps"] = f"{steps:,}"
-        if not cfg.grad_accum_steps:  # else tokens depend on the number of ranks
-            rows["training tokens"] = f"{steps * cfg.total_batch_size:,}"
-        if math.isfinite(best):
-            rows["best validation loss"] = f"{best:.4f} (perplexity {math.exp(best):.2f})"
+    if name.endswith(".pt"):
+        rows |= run_rows(name)
         # the names of folders, not where they lie on the machine that trained
         paths = ("data_dir", "log_dir", "init_from", "hellaswag_path")
         public = replace(cfg, **{key: Path(getattr(cfg, key)).name for key in paths})
@@ -113,9 +126,9 @@ def model_card(name, cfg, parameters, checkpoint):
 library_name: transformers
 pipeline_tag: text-generation
 ---
-# {name}
+# {title}
 
-A GPT-2 language model: it continues text.
+A language model: it continues text.
 
 | | |
 |---|---|
@@ -124,7 +137,7 @@ A GPT-2 language model: it continues text.
 ```python
 from transformers import pipeline
 
-complete = pipeline("text-generation", "path/to/{name}")
+complete = pipeline("text-generation", "path/to/{title}")
 print(complete("Hello, I'm a language model,")[0]["generated_text"])
 ```
 {settings}"""
@@ -156,19 +169,17 @@ def export(name, out_dir):
     """Write the model as the folder `out_dir`, whole or not at all."""
     with new_folder(out_dir) as folder:
         model = load_model(name)
-        check(model.cfg)
-        checkpoint = read_checkpoint(name)[1] if name.endswith(".pt") else {}
-        weights = gpt2_weights(model)
-        needed, free = sum(p.nbytes for p in weights.values()), shutil.disk_usage(folder).free
-        if needed > free:
-            raise UserError(f"out_dir={out_dir} needs {needed:,} bytes of disk, {free:,} are free")
-        parameters = sum(p.numel() for p in weights.values())
-        card = model_card(Path(out_dir).resolve().name, model.cfg, parameters, checkpoint)
+        model_type = find_kind(model.cfg)
+        kind = KINDS[model_type]
+        weights = tensors(model, kind)
+        check_disk(out_dir, sum(p.nbytes for p in weights.values()))
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        parameters = sum(p.numel() for p in weights.values())
+        card = model_card(Path(out_dir).resolve().name, name, model.cfg, kind, parameters)
         (folder / "README.md").write_text(card, encoding="utf-8")
         # safetensors lets nobody else read what it writes; here the umask decides, as it does above
         shutil.copymode(folder / "README.md", folder / "model.safetensors")
-        for file, content in configs(model.cfg).items():
+        for file, content in configs(model.cfg, model_type).items():
             (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for file in ("vocab.json", "merges.txt"):
             shutil.copyfile(TABLE.parent / file, folder / file)

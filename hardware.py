@@ -1,4 +1,4 @@
-"""What machine this is: which device, whether it can compile, how fast it could be at best."""
+"""What machine this is: its device, the dtype for it, whether it compiles, how fast it could be."""
 
 import importlib.util
 import os
@@ -26,6 +26,21 @@ def find_device(name):
     if name == "cuda" and (ranks := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > gpus:
         raise UserError(f"{ranks} ranks share {gpus} GPUs here; try --nproc_per_node={gpus}")
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+
+
+def best_dtype(device, say):
+    """bfloat16 where the hardware multiplies in it, float16 on older CUDA, else float32."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major >= 8:
+            return torch.bfloat16
+        say(f"compute capability {major}.{minor}, no bfloat16: float16 and loss scaling")
+        return torch.float16
+    native = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, in 2.11 to 2.13
+    if device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in native):
+        return torch.bfloat16
+    say(f"{device.type} without native bfloat16: float32")
+    return torch.float32
 
 
 def compile_obstacle(device):
@@ -76,3 +91,24 @@ def describe(model, folder, runtime):
     size = 3 * sum(p.nbytes for p in model.parameters()) * (cfg.keep_checkpoints + 1)
     fineweb.check_disk(folder, size)
     runtime.print(f"disk   has room for {size / 2**30:.1f} GiB of checkpoints\nready to train")
+
+
+# ---------------------------------------------------------------- torchrun's restarts
+
+RESTARTS = "torchrun.txt"  # in a run's folder: the torchrun that may restart it
+
+
+def may_restart():
+    return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+
+
+def expect_restarts(folder):
+    if may_restart():
+        (folder / RESTARTS).write_text(os.environ["TORCHELASTIC_RUN_ID"])
+
+
+def restarted(folder):
+    """Whether torchrun --max-restarts starts again, after a rank died, the run of this folder."""
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    mark = folder / RESTARTS
+    return again and mark.exists() and mark.read_text() == os.environ["TORCHELASTIC_RUN_ID"]

@@ -5,10 +5,10 @@
     python hellaswag.py --model=gpt2 --data=my_tasks.jsonl --json=scores.json
 
 Completion style, as in build-nanogpt: the context, a space, an ending. acc takes the ending with
-the largest sum of token log-probabilities, acc_norm the one with the largest mean. GPT-2 (124M)
-scores 0.2859 and 0.2955 this way (build-nanogpt); EleutherAI's harness renders the tasks
-differently and reports 0.2892 and 0.3114. Chance is 0.25, and one standard error over all 10,042
-tasks is 0.0045.
+the largest sum of token log-probabilities, acc_norm the one with the largest mean a token: of GPT-2
+(124M) they are 0.2859 and 0.2955 (build-nanogpt). acc_norm_chars divides by the ending's characters
+instead, as EleutherAI's harness does in what it calls acc_norm; that also cleans the texts, and has
+0.2892 and 0.3114. Chance is 0.25, and one standard error over all 10,042 tasks is 0.0045.
 """
 
 import functools
@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -35,9 +34,10 @@ CACHE = Path(__file__).parent / "hellaswag" / "hellaswag_val.jsonl"
 
 
 class Task(NamedTuple):
-    rows: list  # 4 uint16 arrays: the context's tokens, then one ending's
-    start: int  # where the ending starts in every row
-    label: int  # which row is right
+    context: list  # token ids
+    endings: list  # of token ids, four of them
+    characters: list  # how many each ending has
+    label: int  # which ending is right
 
 
 def find(path=""):
@@ -98,9 +98,8 @@ def parse(line, where):
 def render(task):
     """Tokenize one parsed line; an ending starts with a space, as GPT-2's words do."""
     encode = tokenizer().encode_ordinary
-    context = encode(task["ctx"])
-    rows = [np.array(context + encode(" " + end), dtype=np.uint16) for end in task["endings"]]
-    return Task(rows, len(context), task["label"])
+    endings = [encode(" " + ending) for ending in task["endings"]]
+    return Task(encode(task["ctx"]), endings, [*map(len, task["endings"])], task["label"])
 
 
 def download():
@@ -142,73 +141,112 @@ def fetch(path):
 # ---------------------------------------------------------------- scoring
 
 
-def predictions(logits_at, tasks, block_size, device="cpu", rank=0, world=1, batch_rows=64):
-    """Yield (index, pick by sum, pick by mean) of the tasks that fall to this rank.
+def predictions(model, tasks, device="cpu", rank=0, world=1, batch_tokens=0):
+    """Yield (index, its picks by METRICS) of the tasks that fall to this rank.
 
-    logits_at(tokens (R, T) int64, mask (R, T) bool) -> (n, V) logits at the masked positions in
-    row-major order: a vocabulary-wide row only where an ending's token is predicted. Rows longer
-    than block_size lose their left end. Eval mode, inference_mode and autocast are the caller's.
+    model.features(tokens (R, T), position (R, T), mask (R, 1, T, T)) -> (R, T, C), and
+    model.text_logits((n, C)) -> (n, V). Eval mode, no_grad and autocast are the caller's.
+    batch_tokens, 0 for what suits the device, sets speed and memory alone.
     """
     from tqdm import tqdm
 
+    cuda = torch.device(device).type == "cuda"
+    batch_tokens = batch_tokens or (32_768 if cuda else 1024)
+    rows = 1024 if cuda else 64  # of logits at a time, 50,304 wide: a processor's cache holds these
     # Of like length, so little is padding; longest first, so that lack of memory shows at once.
-    order = sorted(range(len(tasks)), key=lambda i: -max(map(len, tasks[i].rows)))
-    per_batch = max(1, batch_rows // 4)
-    batches = [order[i : i + per_batch] for i in range(0, len(order), per_batch)][rank::world]
-    bar = tqdm(batches, "HellaSwag", delay=5, mininterval=1, leave=False, disable=rank != 0)
-    for batch in bar:
-        tokens, targets, mask = collate([tasks[i] for i in batch], block_size, device)
-        logits = logits_at(tokens, mask)
-        nll = torch.zeros(mask.shape, device=device)
-        nll[mask] = F.cross_entropy(logits.float(), targets[mask], reduction="none")
-        total = nll.sum(1)
-        mean = total / mask.sum(1)
-        picks = torch.stack([total, mean]).view(2, -1, 4).argmin(-1).tolist()
-        yield from zip(batch, *picks, strict=True)
+    packed = {i: pack(task, model.cfg.block_size) for i, task in enumerate(tasks)}
+    order, batches = sorted(packed, key=lambda i: -len(packed[i].tokens)), []
+    while order:
+        count = max(1, batch_tokens // padded(len(packed[order[0]].tokens)))
+        batches, order = [*batches, order[:count]], order[count:]
+    batches = batches[rank::world]
+    for batch in tqdm(batches, "HellaSwag", delay=5, mininterval=1, leave=False, disable=rank != 0):
+        inputs, row, column, targets, ending = collate([packed[i] for i in batch], device)
+        x = model.features(*inputs)[row, column]  # (n, C), only where an ending's token is next
+        parts = zip(x.split(rows), targets.split(rows), strict=True)
+        nll = [F.cross_entropy(model.text_logits(x).float(), t, reduction="none") for x, t in parts]
+        total = torch.zeros(4 * len(batch), dtype=torch.float64, device=device)
+        total.index_add_(0, ending, torch.cat(nll).double())
+        characters = torch.tensor([tasks[i].characters for i in batch], device=device).flatten()
+        yield from zip(batch, pick(total, ending.bincount(), characters), strict=True)
 
 
-def collate(tasks, block_size, device):
-    """Tasks as tokens, targets (R, T) int64 and mask (R, T) bool, four rows a task.
+METRICS = ("acc", "acc_norm", "acc_norm_chars")
 
-    The mask is where the target is an ending's token. Padding is on the right, where causal
-    attention cannot see it, up to a multiple of 32: few shapes, which is what compilers want.
+
+def pick(nll, tokens, characters):
+    """Sums of four endings each -> the endings that METRICS take, a list of three a task."""
+    return torch.stack([nll, nll / tokens, nll / characters], -1).view(-1, 4, 3).argmin(1).tolist()
+
+
+class Packed(NamedTuple):
+    """A task as one row, which reads the context once: its tokens, then those of each ending.
+
+    An ending's last token predicts nothing and is left out. Each ending stands at the positions
+    after the context and sees the context and itself, so all is as if it were the only one.
     """
-    rows = []
-    for task in tasks:
-        for row in task.rows:
-            cut = max(0, len(row) - (block_size + 1))
-            rows.append((row[cut:], max(1, task.start - cut)))
-    longest = max(len(row) - 1 for row, _ in rows)
-    width = min(-(-longest // 32) * 32, block_size)
-    tokens = np.zeros((len(rows), width + 1), dtype=np.int64)
-    mask = np.zeros((len(rows), width + 1), dtype=bool)
-    for r, (row, start) in enumerate(rows):
-        tokens[r, : len(row)] = row
-        mask[r, start : len(row)] = True
-    tokens, mask = torch.from_numpy(tokens).to(device), torch.from_numpy(mask).to(device)
-    return tokens[:, :-1], tokens[:, 1:], mask[:, 1:]
+
+    tokens: list
+    position: list
+    segment: list  # 0 in the context, 1 to 4 in the endings
+    scored: list  # (place that predicts it, token id, its ending 0 to 3) of each ending's token
 
 
-def evaluate(logits_at, tasks, block_size, device="cpu", rank=0, world=1, batch_rows=64):
-    """Counts [right by sum, right by mean, tasks] of this rank, int64 on `device`: to be summed.
+def pack(task, block_size):
+    """What is too long loses the context's left end, for all its endings alike."""
+    endings = [ending[:block_size] for ending in task.endings]
+    context = task.context[-(block_size + 1 - max(map(len, endings))) :]
+    c = len(context)
+    tokens, position, segment, scored = list(context), [*range(c)], [0] * c, []
+    for i, ending in enumerate(endings):
+        places = [c - 1, *range(len(tokens), len(tokens) + len(ending) - 1)]
+        scored += [(place, token, i) for place, token in zip(places, ending, strict=True)]
+        tokens += ending[:-1]
+        position += range(c, c + len(ending) - 1)
+        segment += [i + 1] * (len(ending) - 1)
+    return Packed(tokens, position, segment, scored)
+
+
+def padded(length):
+    """A width that holds it: few are in use, which is what compilers and allocators want."""
+    return -(-length // 32) * 32
+
+
+def collate(rows, device):
+    """Packed tasks as (tokens (R, T), position (R, T), mask (R, 1, T, T)), and what is scored.
+
+    That is row, column, target and ending (0 to 4R - 1), each (n,).
+    """
+    filled = torch.zeros(
+        3, len(rows), padded(max(len(row.tokens) for row in rows)), dtype=torch.long
+    )
+    for r, row in enumerate(rows):  # padding stands right of all that sees, and sees a context
+        filled[:, r, : len(row.tokens)] = torch.tensor([row.tokens, row.position, row.segment])
+    scored = [(r, at, t, 4 * r + i) for r, row in enumerate(rows) for at, t, i in row.scored]
+    tokens, position, segment = filled.to(device)
+    own, context = segment[:, None] == segment[:, :, None], segment[:, None] == 0  # of a key
+    mask = (own | context).tril()[:, None]
+    return (tokens, position, mask), *torch.tensor(scored, device=device).T
+
+
+def evaluate(model, tasks, device="cpu", rank=0, world=1, batch_tokens=0):
+    """Counts [tasks, right ones by each of METRICS] of this rank, int64 on `device`: to be summed.
 
     Arguments as for `predictions`. Every task is counted on exactly one rank, and the batches are
     the same for any world size, so the picks are too.
     """
-    counts = [0, 0, 0]
-    picks = predictions(logits_at, tasks, block_size, device, rank, world, batch_rows)
-    for index, by_sum, by_mean in picks:
-        label = tasks[index].label
-        counts = [counts[0] + (by_sum == label), counts[1] + (by_mean == label), counts[2] + 1]
-    return torch.tensor(counts, device=device)
+    counts = torch.zeros(1 + len(METRICS), dtype=torch.int64)
+    for index, picks in predictions(model, tasks, device, rank, world, batch_tokens):
+        counts += torch.tensor([1, *(pick == tasks[index].label for pick in picks)])
+    return counts.to(device)
 
 
-def score(logits_at, tasks, block_size, runtime):
-    """acc and acc_norm over all ranks, with standard errors sqrt(p (1 - p) / n), as a dict."""
-    counts = evaluate(logits_at, tasks, block_size, runtime.device, runtime.rank, runtime.world)
-    correct, correct_norm, n = runtime.sum(counts).tolist()
+def score(model, tasks, runtime):
+    """METRICS over all ranks, with standard errors sqrt(p (1 - p) / n), as a dict."""
+    counts = evaluate(model, tasks, runtime.device, runtime.rank, runtime.world)
+    n, *correct = runtime.sum(counts).tolist()
     scores = {"tasks": n}
-    for name, p in (("acc", correct / n), ("acc_norm", correct_norm / n)):
+    for name, p in zip(METRICS, (right / n for right in correct), strict=True):
         scores |= {name: p, f"{name}_stderr": (p * (1 - p) / n) ** 0.5}
     return scores
 
@@ -218,7 +256,7 @@ def score(logits_at, tasks, block_size, runtime):
 
 @dataclass(frozen=True)
 class Options:
-    model: str  # a checkpoint, a Hugging Face folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl
+    model: str  # a checkpoint, a Hugging Face folder or owner/name, gpt2[-medium|-large|-xl]
     examples: int = 0  # score this many tasks, spread evenly over the file; 0: all
     data: str = ""  # a .jsonl file of tasks; empty: the original, fetched once (12 MB)
     json: str = ""  # also write the scores to this file
@@ -234,12 +272,13 @@ def main():
     runtime = Runtime(device=options.device, dtype="auto")
     model = load_text_model(options.model, runtime.device)
     begin = time.perf_counter()
-    with torch.inference_mode(), runtime.autocast():
-        scores = score(model.logits_at, tasks, model.cfg.block_size, runtime)
+    with torch.no_grad(), runtime.autocast():
+        scores = score(model, tasks, runtime)
     seconds = time.perf_counter() - begin
     print(f"HellaSwag, {len(tasks):,} tasks in {seconds:.0f} s (chance is 0.25)")
-    for name, what in (("acc", "likeliest ending by sum"), ("acc_norm", "by mean, as peers quote")):
-        print(f"{name:8}  {scores[name]:.4f} +- {scores[name + '_stderr']:.4f}  {what}")
+    by = ("likeliest ending", "by the mean a token, as peers quote", "by the mean a character")
+    for name, what in zip(METRICS, by, strict=True):
+        print(f"{name:15} {scores[name]:.4f} +- {scores[name + '_stderr']:.4f}  {what}")
     print("GPT-2 (124M) has acc_norm 0.2955 over all 10,042 tasks (build-nanogpt)")
     if options.json:
         scores = {"model": options.model, "data": options.data or CACHE.name} | scores

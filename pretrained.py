@@ -1,66 +1,230 @@
-"""OpenAI's GPT-2 and Hugging Face folders of its kind, in this project's names.
+"""Hugging Face folders of GPT-2 and Llama models in this project's names, and the way back.
 
-train_gpt2.py reads them by `GPT.from_pretrained`; export.py writes such folders.
+train_gpt2.py reads them by `GPT.from_pretrained`; export.py writes them.
 """
 
 import json
+import math
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 from fineweb import UserError
 
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-FIXED = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}  # fmt: skip
+
+
+# ---------------------------------------------------------------- tensors
+
+# Our tensor: those of Llama that it holds, one after the other. lm_head has one name in both.
+LLAMA_NAMES = {
+    "wte": ["embed_tokens"],
+    "h.{i}.ln_1": ["layers.{i}.input_layernorm"],
+    "h.{i}.attn.c_attn": [f"layers.{{i}}.self_attn.{x}_proj" for x in "qkv"],
+    "h.{i}.attn.c_proj": ["layers.{i}.self_attn.o_proj"],
+    "h.{i}.ln_2": ["layers.{i}.post_attention_layernorm"],
+    "h.{i}.mlp.c_gate": ["layers.{i}.mlp.gate_proj"],
+    "h.{i}.mlp.c_fc": ["layers.{i}.mlp.up_proj"],
+    "h.{i}.mlp.c_proj": ["layers.{i}.mlp.down_proj"],
+    "ln_f": ["norm"],
+}
+
+
+def llama_names(n_layer):
+    """LLAMA_NAMES in full, for every layer."""
+    return {
+        f"transformer.{ours}.weight".format(i=i): [f"model.{x}.weight".format(i=i) for x in theirs]
+        for i in range(n_layer)
+        for ours, theirs in LLAMA_NAMES.items()
+    }
+
+
+def from_llama(weights, n_layer):
+    """Llama's tensors by our names; what has none keeps its own, for load_state_dict to refuse."""
+    weights = {key: w for key, w in weights.items() if not key.endswith("rotary_emb.inv_freq")}
+    names = llama_names(n_layer).items()
+    return {ours: torch.cat([weights.pop(x) for x in theirs]) for ours, theirs in names} | weights
+
+
+def to_llama(weights, n_layer):
+    """Our tensors by Llama's names."""
+    names, llama = llama_names(n_layer), {}
+    for key, w in weights.items():
+        theirs = names.get(key, [key])
+        llama |= zip(theirs, w.chunk(len(theirs)), strict=True)
+    return llama
+
+
+def transposed(key, w):
+    """OpenAI's linear layers are stored as (inputs, outputs)."""
+    return w.t() if w.dim() == 2 and ".h." in key else w
+
+
+def from_gpt2(weights, n_layer):
+    """OpenAI's tensors by our names: prefixed, and without the buffers of their masks."""
+    ours = {}
+    for key, w in weights.items():
+        if key != "lm_head.weight":
+            key = f"transformer.{key.removeprefix('transformer.')}"
+        if not key.endswith((".attn.bias", ".attn.masked_bias")):
+            ours[key] = transposed(key, w)
+    return ours
+
+
+def to_gpt2(weights, n_layer):
+    """Our tensors by OpenAI's names, with zeros for absent biases: the same function."""
+    gpt2 = {key: transposed(key, w) for key, w in weights.items()}
+    for key, w in weights.items():
+        if ".h." in key or ".ln_f." in key:
+            gpt2.setdefault(key.replace(".weight", ".bias"), torch.zeros(len(w)))
+    return gpt2
+
+
+# ---------------------------------------------------------------- kinds
+
+
+class Kind(NamedTuple):
+    """An architecture of transformers, as far as GPT computes it too."""
+
+    name: str  # its class
+    sizes: dict  # keys of Config: their names in config.json
+    toggles: dict  # what the other keys of Config have to be
+    computed: Callable  # sizes -> what the other keys of config.json have to be
+    defaults: dict  # what transformers takes a key to be that config.json lacks
+    dropouts: list  # the names of dropout in config.json
+    from_theirs: Callable  # (tensors, n_layer) -> the same by our names
+    to_theirs: Callable  # the way back
+
+
+def gpt2_computed(sizes):
+    return {
+        "activation_function": "gelu_new",  # GELU's tanh form
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+    }
+
+
+def llama_computed(sizes):
+    C, nh = sizes["n_embd"], sizes["n_head"]
+    return {
+        "num_key_value_heads": nh,
+        "head_dim": C // nh,
+        "intermediate_size": math.ceil(8 * C / 3 / 64) * 64,  # SwiGLU's in train_gpt2.py
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": sizes["rope_theta"]},
+    }
+
+
+KINDS = {
+    "gpt2": Kind(
+        name="GPT2LMHeadModel",
+        sizes=dict(
+            n_layer="n_layer", n_head="n_head", n_embd="n_embd", block_size="n_positions",
+            vocab_size="vocab_size", tie_embeddings="tie_word_embeddings",
+        ),
+        toggles=dict(
+            pos_embedding="learned", mlp="gelu", norm="layernorm", qk_norm=False, logit_softcap=0.0,
+        ),
+        computed=gpt2_computed,
+        defaults=dict(tie_word_embeddings=True),
+        dropouts=["embd_pdrop", "attn_pdrop", "resid_pdrop"],
+        from_theirs=from_gpt2,
+        to_theirs=to_gpt2,
+    ),
+    "llama": Kind(
+        name="LlamaForCausalLM",
+        sizes=dict(
+            n_layer="num_hidden_layers", n_head="num_attention_heads", n_embd="hidden_size",
+            block_size="max_position_embeddings", vocab_size="vocab_size", rope_theta="rope_theta",
+            tie_embeddings="tie_word_embeddings",
+        ),
+        toggles=dict(
+            pos_embedding="rope", mlp="swiglu", norm="rmsnorm", qk_norm=False, logit_softcap=0.0,
+            bias=False,
+        ),
+        computed=llama_computed,
+        defaults=dict(tie_word_embeddings=False, rms_norm_eps=1e-6),
+        dropouts=["attention_dropout"],
+        from_theirs=from_llama,
+        to_theirs=to_llama,
+    ),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- reading
 
 
 def read(name):
-    """One of OPENAI or a folder -> (its sizes, as in Config; its tensors, as in GPT).
+    """A folder, one of OPENAI, owner/name -> (what it decides of Config, its tensors as in GPT).
 
-    UserError where it is neither, cannot be fetched, or is another architecture.
+    UserError where it is neither, cannot be fetched, or is what GPT does not compute.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    config_path, weights_path = files(name)
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        if foreign := [key for key, value in FIXED.items() if config.get(key, value) != value]:
-            raise ValueError(f"{foreign[0]} is {config[foreign[0]]!r}")
-        sizes = {key: config[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
-        sizes["block_size"] = config["n_positions"]
-        sizes["tie_embeddings"] = config.get("tie_word_embeddings", True)
-        return sizes, from_openai(load_file(weights_path))
+        config_path, weights_paths = files(name)
+        kind, config = read_config(config_path)
+        sizes = {ours: config[theirs] for ours, theirs in kind.sizes.items()}
+        for key, value in kind.computed(sizes).items():
+            if config.get(key, value) != value:
+                raise UserError(
+                    f"{name} is not what GPT computes: {key} is {config[key]}, not {value}"
+                )
+        weights = {}
+        for path in weights_paths:
+            weights |= load_file(path)
+        weights = kind.from_theirs(weights, sizes["n_layer"])
+        if sizes["tie_embeddings"]:
+            weights["lm_head.weight"] = weights["transformer.wte.weight"]
+        return sizes | kind.toggles, weights
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise unreadable(name, error) from None
 
 
 def unreadable(name, error):
     reason = " ".join(f"{type(error).__name__}: {error}".split())
-    return UserError(f"{name} is no GPT-2 that can be read ({reason[:160]})")
+    return UserError(f"{name} is no GPT-2 or Llama that can be read ({reason[:160]})")
+
+
+def read_config(path):
+    """config.json -> (Kind, its keys as transformers understands them)."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    model_type = config.get("model_type", "gpt2")
+    if model_type not in KINDS:
+        raise ValueError(f"model_type is {model_type}, not {' or '.join(KINDS)}")
+    kind = KINDS[model_type]
+    config = kind.defaults | {key: value for key, value in config.items() if value is not None}
+    # up to transformers 4 the base stands beside rope_scaling, from 5 on in rope_parameters
+    rope = config.get("rope_scaling") or config.get("rope_parameters", {})
+    rope = {"rope_type": "default", "rope_theta": config.get("rope_theta", 10000.0)} | rope
+    return kind, config | {"rope_theta": rope["rope_theta"], "rope_parameters": rope}
 
 
 def files(name):
-    """The config.json and model.safetensors of a folder, or of OpenAI's GPT-2 on the hub."""
-    names = ("config.json", "model.safetensors")
-    if Path(name).is_dir():
-        return [Path(name) / file for file in names]
-    if name not in OPENAI:
-        raise UserError(f"{name} is no .pt file, no folder, and none of gpt2[-medium|-large|-xl]")
+    """config.json and the safetensors files of a folder, or of a model on the Hugging Face hub."""
+    folder, config, weights = Path(name), "config.json", "model.safetensors"
+    if folder.is_dir():
+        shards = {weights}
+        if (index := folder / f"{weights}.index.json").exists():
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return folder / config, [folder / shard for shard in sorted(shards)]
+    if name not in OPENAI and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
+        known = "none of gpt2[-medium|-large|-xl], and no owner/name of the hub"
+        raise UserError(f"{name} is no .pt file, no folder, {known}")
     from huggingface_hub import hf_hub_download
 
+    repository = f"openai-community/{name}" if name in OPENAI else str(name)
     try:
-        return [Path(hf_hub_download(f"openai-community/{name}", file)) for file in names]
+        paths = [hf_hub_download(repository, file) for file in (config, weights)]
     except Exception as error:  # the hub's, the network's, the disk's: all mean the same here
-        raise UserError(f"{name} could not be downloaded: {str(error).splitlines()[0]}") from None
-
-
-def from_openai(weights):
-    """OpenAI's tensors by our names: prefixed, linear layers transposed, without mask buffers."""
-    ours = {}
-    for key, w in weights.items():
-        if key != "lm_head.weight":
-            key = f"transformer.{key.removeprefix('transformer.')}"
-        if not key.endswith((".attn.bias", ".attn.masked_bias")):
-            ours[key] = w.t() if w.dim() == 2 and ".h." in key else w
-    ours.setdefault("lm_head.weight", ours["transformer.wte.weight"])  # tied
-    return ours
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{name} could not be downloaded: {why[:160]}") from None
+    return Path(paths[0]), [Path(paths[1])]

@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
+from torch.nn import functional as F
 
 from fineweb import END_OF_TEXT, UserError, command_line, run, tokenizer
-from train_gpt2 import VOCABULARY, Runtime, Sampling, complete, generate, load_model
+from train_gpt2 import VOCABULARY, Runtime, Sampling, complete, generate, load_model, next_logits
 
 PRESETS = {
     "conservative": Sampling(temperature=0.6, top_k=40),
@@ -29,7 +30,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Options:
-    model: str  # a checkpoint, a Hugging Face folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl
+    model: str  # a checkpoint, a Hugging Face folder or owner/name, gpt2[-medium|-large|-xl]
     prompt: str = ""  # the text to continue; "" = start a document
     preset: Literal["conservative", "nucleus", "greedy"] = "nucleus"  # sets the four below
     temperature: float | None = None  # 0 = always the likeliest token; 1 = the model's own odds
@@ -74,6 +75,39 @@ def load_text_model(name, device="cpu"):
     return model
 
 
+class GraphedStep:
+    """`next_logits` on CUDA: a step of one token is replayed as a graph, without its launches."""
+
+    def __init__(self):
+        self.graph = None
+
+    def __call__(self, model, idx, position, mask, cache):
+        if idx.size(1) > 1:
+            return next_logits(model, idx, position, mask, cache)
+        mask = F.pad(mask, (0, cache.size - mask.size(1)))  # a graph looks at all keys
+        if self.graph is None:
+            self.capture(model, cache, idx, position, mask)
+        for held, new in zip(self.inputs, (idx, position, mask), strict=True):
+            held.copy_(new)
+        self.graph.replay()
+        return self.logits
+
+    def capture(self, model, cache, *inputs):
+        self.inputs, side = [x.clone() for x in inputs], torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # a first call sets up what no graph may hold
+            next_logits(model, *self.inputs, cache)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = next_logits(model, *self.inputs, cache)
+
+
+def best_step(device):
+    """A `step` for generate(): made for one batch of one prompt's samples."""
+    return GraphedStep() if device.type == "cuda" else next_logits
+
+
 def stream(model, prompt, how, max_new_tokens, seed):
     """Yield a continuation in pieces of whole characters, though a token may end inside one."""
     device = next(model.parameters()).device
@@ -81,7 +115,7 @@ def stream(model, prompt, how, max_new_tokens, seed):
     generator = torch.Generator(device).manual_seed(seed)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     idx = torch.tensor([tokens], device=device)
-    for new in generate(model, idx, max_new_tokens, how, generator):
+    for new in generate(model, idx, max_new_tokens, how, generator, best_step(device)):
         if new.item() != END_OF_TEXT:
             yield decoder.decode(tokenizer().decode_single_token_bytes(new.item()))
     yield decoder.decode(b"", final=True)
@@ -103,7 +137,8 @@ def show(model, prompt, how, options, seed):
             print(piece, end="", flush=True)
         print()
         return
-    texts = complete(model, prompt, how, options.num_samples, options.max_new_tokens, seed)
+    step = best_step(next(model.parameters()).device)
+    texts = complete(model, prompt, how, options.num_samples, options.max_new_tokens, seed, step)
     for i, text in enumerate(texts, 1):
         rule = f"---- {i} of {len(texts)} ".ljust(72, "-")
         print(f"{rule}\n{prompt}{text}")
@@ -118,7 +153,7 @@ def main():
     runtime = Runtime(options.device)
     model = load_text_model(options.model, runtime.device)
     prompts = iter(typed_prompt, "") if options.interactive else [options.prompt]
-    with torch.inference_mode(), runtime.autocast():
+    with torch.no_grad(), runtime.autocast():
         for i, prompt in enumerate(prompts):
             show(model, prompt, how, options, options.seed + i)
 

@@ -43,8 +43,9 @@ import fineweb
 import hardware
 import hellaswag
 import pretrained
+import trackers
 from fineweb import END_OF_TEXT, UserError, command_line, replacing, run
-from hardware import compile_obstacle, find_device, peak_flops
+from hardware import best_dtype, compile_obstacle, find_device, may_restart, peak_flops
 
 # ---------------------------------------------------------------- configuration
 
@@ -87,6 +88,7 @@ class Config:
     # evaluation
     eval_interval: int = 250  # steps between evaluations; 0 = off
     eval_tokens: int = 10_485_760  # validation tokens, whatever the batch or the GPUs
+    eval_only: bool = False  # evaluate init_from's model as it is, train and write nothing
     hellaswag_examples: int = 10_042  # tasks an evaluation; 10042 = all, 0 = off
     hellaswag_path: str = ""  # a hellaswag_val.jsonl at hand; else it is downloaded once
     sample_prompt: str = "Hello, I'm a language model,"  # continued at evaluations; "" = off
@@ -96,6 +98,10 @@ class Config:
     log_interval: int = 10  # steps between console lines; log.txt has every step
     checkpoint_interval: int = 1000  # steps between checkpoints; 0 = only the last
     keep_checkpoints: int = 2  # newest checkpoints that stay, besides best.pt
+    wandb_project: str = ""  # also log to this project of W&B; "" = off
+    wandb_run_name: str = ""  # the run's name there; "" = run_name
+    tensorboard: bool = False  # also write TensorBoard's event files into the run's folder
+    log_norms: bool = False  # also log gradient norms and update sizes by kind of layer
     resume: bool = False  # continue the run's newest checkpoint, or start where there is none
     # system
     device: str = "auto"  # auto | cuda | mps | cpu
@@ -148,6 +154,7 @@ def validate(cfg):
             c.hellaswag_examples and not gpt2,
         f"sample_prompt={c.sample_prompt!r} needs GPT-2's ids; try --sample_prompt=":
             c.sample_prompt and not gpt2,
+        "eval_only=True needs a model; try --init_from=gpt2": c.eval_only and not c.init_from,
         f"run_name={c.run_name!r} is not one folder's name; log_dir says where it goes":
             Path(c.run_name).name != c.run_name or c.run_name == "..",
     }  # fmt: skip
@@ -180,7 +187,9 @@ class Runtime:
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.device = find_device(device)
-        self.dtype = getattr(torch, dtype) if dtype != "auto" else self.best_dtype()
+        self.dtype = (
+            best_dtype(self.device, self.print) if dtype == "auto" else getattr(torch, dtype)
+        )
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.set_device(self.device)
@@ -202,20 +211,6 @@ class Runtime:
             store = dist.PrefixStore(f"life {life}", dist.TCPStore(*server, timeout=timeout))
             how = how | {"store": store, "rank": self.rank, "world_size": self.world}
         dist.init_process_group(timeout=timeout, **how)
-
-    def best_dtype(self):
-        """bfloat16 where the hardware multiplies in it, float16 on older CUDA, else float32."""
-        if self.device.type == "cuda":
-            major, minor = torch.cuda.get_device_capability(self.device)
-            if major >= 8:
-                return torch.bfloat16
-            self.print(f"compute capability {major}.{minor}, no bfloat16: float16 and loss scaling")
-            return torch.float16
-        native = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, in 2.11 to 2.13
-        if self.device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in native):
-            return torch.bfloat16
-        self.print(f"{self.device.type} without native bfloat16: float32")
-        return torch.float32
 
     def forget_memory(self):
         """Give cached memory back and count the peak anew."""
@@ -295,14 +290,15 @@ def make_norm(cfg):
 def rope_table(cfg):
     """cos and sin of position * theta^(-2i/hs), each (T, hs/2) (RoFormer, arXiv 2104.09864)."""
     hs = cfg.n_embd // cfg.n_head
-    frequency = cfg.rope_theta ** (-torch.arange(0, hs, 2, dtype=torch.float32) / hs)
+    power = torch.arange(0, hs, 2, dtype=torch.float32) / hs
+    frequency = 1.0 / cfg.rope_theta**power  # rounded as in transformers
     angle = torch.outer(torch.arange(cfg.block_size, dtype=torch.float32), frequency)
     return angle.cos(), angle.sin()
 
 
 def apply_rope(x, rope):
     """Turn the pairs (x[i], x[i + hs/2]) of x (B, nh, T, hs) by their position's angle."""
-    cos, sin = rope  # (T, hs/2)
+    cos, sin = rope  # (..., 1, T, hs/2)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
@@ -325,14 +321,12 @@ class CausalSelfAttention(nn.Module):
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         return q, k, v
 
-    def forward(self, x, rope, cache=None):
+    def forward(self, x, rope, mask=None, cache=None):
         q, k, v = self.qkv(x, rope)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        # a lone query sees every key; is_causal would align it with the first
-        causal = q.size(2) == k.size(2)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
         return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, nh, T, hs) -> (B, T, C)
 
 
@@ -372,8 +366,8 @@ class Block(nn.Module):
         self.mlp = SwiGLU(cfg) if cfg.mlp == "swiglu" else MLP(cfg)
         self.drop = nn.Dropout(cfg.dropout)
 
-    def forward(self, x, rope, cache=None):
-        x = x + self.drop(self.attn(self.ln_1(x), rope, cache))
+    def forward(self, x, rope, mask=None, cache=None):
+        x = x + self.drop(self.attn(self.ln_1(x), rope, mask, cache))
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
@@ -409,21 +403,25 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def features(self, idx, cache=None):
-        """Token ids (B, T) -> the last norm's output (B, T, C). With a cache, idx continues it."""
-        T, start = idx.size(1), cache.length if cache is not None else 0
-        assert start + T <= self.cfg.block_size, "more tokens than block_size"
-        assert start == 0 or T == 1, "a filled cache is continued one token at a time"
+    def features(self, idx, position=None, mask=None, cache=None):
+        """Token ids (B, T) -> the last norm's output (B, T, C).
+
+        position (T,) or (B, T): where the tokens stand, by default 0 to T - 1. mask (T, keys) or
+        (B, 1, T, keys): True where a token sees a key, by default the causal one. With a cache, the
+        keys are those it holds, by position.
+        """
+        assert position is not None or idx.size(1) <= self.cfg.block_size, "more than block_size"
         x, rope = self.transformer.wte(idx), None
+        at = slice(idx.size(1)) if position is None else position
         if self.cfg.pos_embedding == "learned":
-            x = x + self.transformer.wpe.weight[start : start + T]
+            x = x + self.transformer.wpe.weight[at]
         else:
-            rope = self.rope_cos[start : start + T], self.rope_sin[start : start + T]
+            rope = self.rope_cos[at].unsqueeze(-3), self.rope_sin[at].unsqueeze(-3)
+        if cache is not None:
+            cache.position, cache.keys = position, mask.size(-1)
         x = self.transformer.drop(x)
         for block in self.transformer.h:
-            x = block(x, rope, cache)
-        if cache is not None:
-            cache.length += T
+            x = block(x, rope, mask, cache)
         return self.transformer.ln_f(x)
 
     def logits(self, x):
@@ -437,16 +435,16 @@ class GPT(nn.Module):
         logits[..., VOCABULARY:] = -math.inf
         return logits
 
-    def forward(self, idx, targets=None, cache=None):
+    def forward(self, idx, targets=None):
         """idx (B, T) -> logits (B, T, vocab_size); with targets (B, T), the mean loss in nats."""
-        logits = self.logits(self.features(idx, cache))
+        logits = self.logits(self.features(idx))
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
-    def logits_at(self, idx, mask):
-        """Text logits (n, vocab_size) where mask (B, T) is True, in row-major order."""
-        return self.text_logits(self.features(idx)[mask])
+    def generate(self, prompt, max_new_tokens=64, seed=1337, **how):
+        """The text that follows a prompt; `how` as in Sampling, such as temperature=0."""
+        return complete(self, prompt, Sampling(**how), 1, max_new_tokens, seed)[0]
 
     def flops_per_token(self):
         """Training FLOPs a token: 6 a weight, plus attention's two products (PaLM, appendix B)."""
@@ -488,21 +486,22 @@ def load_model(name, device="cpu"):
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, so that each new token costs one position."""
+    """Keys and values of the tokens seen so far, so that each new token costs one position.
 
-    def __init__(self, cfg):
-        self.length, self.block_size = 0, cfg.block_size
-        self.layers = [None] * cfg.n_layer
+    `features` says where its tokens stand, and how many of the first `keys` they may see.
+    """
 
-    def extend(self, layer, k, v):
-        """Append k, v (B, nh, T, hs); return all of the layer's, (B, nh, length + T, hs)."""
-        if self.layers[layer] is None:
-            B, nh, _, hs = k.shape
-            self.layers[layer] = k.new_empty(2, B, nh, self.block_size, hs)
-        end = self.length + k.size(2)
-        both = self.layers[layer]
-        both[0, :, :, self.length : end], both[1, :, :, self.length : end] = k, v
-        return both[0, :, :, :end], both[1, :, :, :end]
+    def __init__(self, size):
+        self.size, self.layers, self.position, self.keys = size, {}, None, 0
+
+    def extend(self, layer, *new):
+        """Put k, v (B, nh, T, hs) at their positions; return the layer's (B, nh, keys, hs)."""
+        if layer not in self.layers:
+            B, nh, _, hs = new[0].shape
+            self.layers[layer] = [x.new_zeros(B, nh, self.size, hs) for x in new]
+        for held, x in zip(self.layers[layer], new, strict=True):
+            held.index_copy_(2, self.position, x)
+        return [held[:, :, : self.keys] for held in self.layers[layer]]
 
 
 @dataclass(frozen=True)
@@ -522,34 +521,38 @@ def sample_token(logits, seen, how, generator):
         logits = logits.scatter(1, seen, less)
     if how.temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = logits / how.temperature
-    if how.top_k:
-        least = logits.topk(min(how.top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
+    logits, most = logits / how.temperature, logits.size(-1)
+    if not how.top_k and how.top_p == 1.0:
+        return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+    logits, ids = logits.topk(min(how.top_k or most, most))  # the likeliest first
     probs = logits.softmax(-1)
-    if how.top_p < 1.0:
-        ordered, ids = probs.sort(descending=True)
-        before = ordered.cumsum(-1) - ordered
-        ordered = ordered.masked_fill(before >= how.top_p, 0.0)
-        probs = torch.zeros_like(probs).scatter(1, ids, ordered)
-    return torch.multinomial(probs, 1, generator=generator)
+    probs = probs.masked_fill(probs.cumsum(-1) - probs >= how.top_p, 0.0)
+    return ids.gather(1, torch.multinomial(probs, 1, generator=generator))
 
 
-@torch.inference_mode()
-def generate(model, idx, max_new_tokens, how, generator=None):
+def next_logits(model, idx, position, mask, cache):
+    """Logits (B, vocab_size) after the last of idx (B, T), which stand at `position` (T,)."""
+    return model.text_logits(model.features(idx, position, mask, cache)[:, -1])
+
+
+@torch.no_grad()
+def generate(model, idx, max_new_tokens, how, generator=None, step=next_logits):
     """Continue idx (B, T) on its device; yield the next ids (B, 1), one step at a time.
 
     A row that has ended goes on yielding <|endoftext|>; once all have, generation stops. When the
     context is full, its later half is read again and continued.
     """
-    block_size, cache = model.cfg.block_size, KVCache(model.cfg)
-    new = idx = idx[:, -block_size:]
+    block_size, start, new = model.cfg.block_size, 0, idx[:, -model.cfg.block_size :]
+    cache = KVCache(min(block_size, idx.size(1) + max_new_tokens))
+    keys = torch.arange(cache.size, device=idx.device)
     ended = torch.zeros_like(idx[:, :1], dtype=torch.bool)
     for _ in range(max_new_tokens):
-        if cache.length + new.size(1) > block_size:
-            cache, new = KVCache(model.cfg), idx[:, -(block_size // 2 + 1) :]
-        logits = model.text_logits(model.features(new, cache)[:, -1])
-        new = sample_token(logits, idx, how, generator)
+        if start + new.size(1) > cache.size:
+            start, new = 0, idx[:, -(block_size // 2 + 1) :]
+        position = keys[start : start + new.size(1)]
+        start += new.size(1)
+        mask = keys[: -(-start // 64) * 64] <= position[:, None]  # few shapes, and few idle keys
+        new = sample_token(step(model, new, position, mask, cache), idx, how, generator)
         new = new.masked_fill(ended, END_OF_TEXT)
         yield new
         idx, ended = torch.cat((idx, new), dim=1), ended | (new == END_OF_TEXT)
@@ -557,13 +560,13 @@ def generate(model, idx, max_new_tokens, how, generator=None):
             return
 
 
-def complete(model, prompt, how, num_samples=1, max_new_tokens=64, seed=1337):
+def complete(model, prompt, how, num_samples=1, max_new_tokens=64, seed=1337, step=next_logits):
     """`num_samples` continuations of a prompt, as text, without the prompt."""
     device = next(model.parameters()).device
     tokens = fineweb.tokenizer().encode_ordinary(prompt) or [END_OF_TEXT]
     idx = torch.tensor(tokens, device=device).repeat(num_samples, 1)
     generator = torch.Generator(device).manual_seed(seed)
-    new = torch.cat(list(generate(model, idx, max_new_tokens, how, generator)), dim=1)
+    new = torch.cat(list(generate(model, idx, max_new_tokens, how, generator, step)), dim=1)
     decode = fineweb.tokenizer().decode
     return [decode([t for t in row if t != END_OF_TEXT]) for row in new.tolist()]
 
@@ -720,7 +723,7 @@ class Loader:
 def evaluating(model, runtime):
     """No gradients, no dropout, the training precision."""
     model.eval()
-    with torch.inference_mode(), runtime.autocast():
+    with torch.no_grad(), runtime.autocast():  # in inference_mode each call would cast the weights
         yield
     model.train()
 
@@ -817,10 +820,6 @@ def resume(folder, state, runtime):
 # ---------------------------------------------------------------- the run's folder
 
 
-def may_restart():
-    return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-
-
 def choose_run_name(cfg, default):
     """run_name, or the first free of default, default-2, ... (with resume: the last taken)."""
 
@@ -839,26 +838,17 @@ def choose_run_name(cfg, default):
     return names[max(0, free - 1) if cfg.resume else free]
 
 
-def restarted(cfg):
-    """Whether torchrun --max-restarts starts again, after a rank died, what it had begun."""
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    mark = Path(cfg.log_dir, cfg.run_name, RESTARTS)
-    return again and mark.exists() and mark.read_text() == os.environ["TORCHELASTIC_RUN_ID"]
-
-
-RESTARTS = "torchrun.txt"  # in a run's folder: the torchrun that may restart it
-
-
 class RunLog:
     """log/<run_name>: config.toml, and log.txt with a line `step stream value` for every number.
 
     Append-only; where a step repeats after a restart, its last line counts. Rank 0 alone writes.
     """
 
-    def __init__(self, folder, model, runtime, tokens, max_steps):
+    def __init__(self, folder, model, runtime, tokens, max_steps, start):
         self.folder, self.model, self.runtime, self.file = folder, model, runtime, None
         self.tokens, self.max_steps, self.warm = tokens, max_steps, False  # tokens a step
-        if runtime.rank != 0:
+        self.trackers = []
+        if runtime.rank != 0 or model.cfg.eval_only:
             return
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "log.txt"
@@ -871,19 +861,26 @@ class RunLog:
         self.file.write("\n" if torn else "")  # a kill may have left half a line
         for left in folder.glob(".*.tmp"):
             left.unlink()  # by a kill in the middle of a checkpoint
-        if may_restart():
-            (folder / RESTARTS).write_text(os.environ["TORCHELASTIC_RUN_ID"])
+        hardware.expect_restarts(folder)
         with replacing(folder / "config.toml") as temporary:
             temporary.write_text(fineweb.to_toml(model.cfg), encoding="utf-8")
+        self.trackers = trackers.open_trackers(model.cfg, folder, start)
 
     def write(self, step, **values):
         if self.file:
             self.file.write("".join(f"{step} {key} {value!r}\n" for key, value in values.items()))
+        for tracker in self.trackers:
+            tracker.log(step, values)
 
-    def step(self, step, loss, lr, norm, dt):
+    def text(self, step, name, text):
+        self.runtime.print("  >", *text.split())
+        for tracker in self.trackers:
+            tracker.text(step, name, text)
+
+    def step(self, step, loss, lr, norm, dt, **more):
         """Each step to log.txt, some to the console; the first compiles and tells no ETA."""
         tps, runtime, warm, self.warm = self.tokens / dt, self.runtime, self.warm, True
-        self.write(step, train=loss, lr=lr, norm=norm, tps=tps)
+        self.write(step, train=loss, lr=lr, norm=norm, tps=tps, **more)
         left = self.max_steps - step - 1
         if not due(step, self.model.cfg.log_interval, last=left == 0):
             return
@@ -924,6 +921,8 @@ class RunLog:
         return True
 
     def close(self):
+        for tracker in self.trackers:
+            tracker.close()
         if self.file:
             self.file.close()
 
@@ -970,10 +969,10 @@ def fit_micro_batch(model, cfg, runtime):
     return B
 
 
-def train_step(model, state, batches, micro_steps, lr, runtime, stop=False):
+def train_step(model, state, batches, micro_steps, lr, runtime, stop=False, norms=None):
     """One optimizer step -> (mean loss, gradient norm before clipping, whether any rank must stop).
 
-    A non-finite loss or norm skips the update, on every rank alike.
+    A non-finite loss or norm skips the update, on every rank alike. `norms` looks on.
     """
     cfg = state.model.cfg
     torch.manual_seed(int(random_words(cfg.seed, state.step, runtime.rank, n=1)[0]))  # dropout's
@@ -987,6 +986,8 @@ def train_step(model, state, batches, micro_steps, lr, runtime, stop=False):
         state.scaler.scale(part).backward()
         loss = loss + part.detach()
     state.scaler.unscale_(state.optimizer)
+    if norms:
+        norms.before()
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip or math.inf)
     # the step's one wait for the device, and its one small reduction
     told = runtime.sum(torch.stack((loss, norm, loss.new_tensor(float(stop)))))
@@ -995,6 +996,8 @@ def train_step(model, state, batches, micro_steps, lr, runtime, stop=False):
         for group in state.optimizer.param_groups:
             group["lr"] = lr
         state.scaler.step(state.optimizer)
+    if norms:
+        norms.after()
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
@@ -1026,7 +1029,7 @@ def evaluate(state, val_shards, rows, log, runtime):
     loss = evaluate_loss(model, val_shards, cfg, runtime, rows)
     log.write(state.step, val=loss)
     runtime.print(f"{step} | val loss {loss:.4f} | perplexity {math.exp(min(loss, 99)):.2f}")
-    if state.step == 0:
+    if state.step == 0 and not cfg.init_from:
         return  # an untrained model: its loss is a check, the rest would be noise
     if loss < state.best:
         state.best = loss
@@ -1034,14 +1037,14 @@ def evaluate(state, val_shards, rows, log, runtime):
     examples = cfg.hellaswag_examples
     if examples and (tasks := hellaswag.shared(cfg.hellaswag_path, examples, runtime)):
         with evaluating(model, runtime):
-            scores = hellaswag.score(model.logits_at, tasks, cfg.block_size, runtime)
+            scores = hellaswag.score(model, tasks, runtime)
         log.write(state.step, hella=scores["acc_norm"])
         result = "acc_norm {acc_norm:.4f} +- {acc_norm_stderr:.4f} | acc {acc:.4f}"
         runtime.print(f"{step} | HellaSwag {result.format(**scores)}")
     if cfg.sample_prompt and runtime.rank == 0:
         with evaluating(model, runtime):
-            for text in complete(model, cfg.sample_prompt, Sampling(top_k=50), 2, 48):
-                runtime.print("  >", *f"{cfg.sample_prompt}{text}".split())
+            for i, text in enumerate(complete(model, cfg.sample_prompt, Sampling(top_k=50), 2, 48)):
+                log.text(state.step, f"sample_{i}", f"{cfg.sample_prompt}{text}")
 
 
 def initial_model(cfg):
@@ -1084,9 +1087,10 @@ def train(cfg, runtime, check=False):
     introduce(model, loader, micro_steps, max_steps, runtime)
     if check:
         return hardware.describe(model, folder, runtime)
-    log = RunLog(folder, model, runtime, loader.G * loader.T, max_steps)
+    log = RunLog(folder, model, runtime, loader.G * loader.T, max_steps, start)
 
     skipped, stop, batches = 0, False, loader.stream(start, micro_steps)
+    norms = trackers.Norms(model) if cfg.log_norms else None
     with contextlib.closing(log), contextlib.closing(batches), stop_on_signal() as asked:
         clock = time.perf_counter()
         for step in range(start, max_steps + 1):
@@ -1101,9 +1105,11 @@ def train(cfg, runtime, check=False):
                 break
             clock += time.perf_counter() - paused  # evaluating and saving is not training
             lr = lr_at(step, cfg, max_steps)
-            loss, norm, stop = train_step(fast, state, batches, micro_steps, lr, runtime, asked())
+            loss, norm, stop = train_step(
+                fast, state, batches, micro_steps, lr, runtime, asked(), norms
+            )
             clock, dt = time.perf_counter(), time.perf_counter() - clock
-            log.step(step, loss, lr, norm, dt)
+            log.step(step, loss, lr, norm, dt, **(norms.values if norms else {}))
             skipped = 0 if math.isfinite(loss + norm) else skipped + 1
             if skipped:
                 runtime.print(f"step {step:5d} | not finite: update skipped, {skipped} in a row")
@@ -1120,6 +1126,13 @@ def train(cfg, runtime, check=False):
         runtime.print(f"stopped after step {state.step}; to continue: {again}")
     else:
         finish(folder, cfg, runtime)
+
+
+def evaluate_only(cfg, runtime):
+    model = initial_model(cfg).to(runtime.device)
+    log = RunLog(None, model, runtime, tokens=0, max_steps=0, start=0)
+    val_shards, rows = TokenShards(cfg.data_dir, "val"), cfg.micro_batch_size or 4
+    evaluate(TrainState(model, None, None), val_shards, rows, log, runtime)
 
 
 def introduce(model, loader, micro_steps, max_steps, runtime):
@@ -1167,9 +1180,12 @@ def finish(folder, cfg, runtime):
 def main():
     check = "--check" in sys.argv
     cfg, name = load_config([word for word in sys.argv[1:] if word != "--check"])
-    if restarted(cfg):
+    trackers.check(cfg)
+    if hardware.restarted(Path(cfg.log_dir, cfg.run_name)):
         cfg = replace(cfg, resume=True)
     with contextlib.closing(Runtime(cfg.device, cfg.dtype, cfg.rank_timeout)) as runtime:
+        if cfg.eval_only:
+            return evaluate_only(cfg, runtime)
         cfg = replace(cfg, run_name=runtime.agree(lambda: choose_run_name(cfg, name)))
         try:
             train(cfg, runtime, check)

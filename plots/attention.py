@@ -24,7 +24,7 @@ WIDTH = 7.8  # inches that the panels share
 
 @dataclass(frozen=True)
 class Options:
-    model: str  # a checkpoint, a Hugging Face folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl
+    model: str  # a checkpoint, a Hugging Face folder or owner/name, gpt2[-medium|-large|-xl]
     text: str  # what the model reads; up to 64 tokens of it
     layer: int = -1  # the layer to draw, from 0; -1 = the last
     overview: bool = False  # all layers in small, instead of one

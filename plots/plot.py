@@ -2,11 +2,15 @@
 
     python plots/plot.py log/gpt2_124m                       # -> plots/loss_hellaswag.png
     python plots/plot.py log/a log/b --out=compare.png       # several runs, one picture
+    python plots/plot.py log/gpt2_124m --watch               # again and again while the run goes on
 
-Reads what a run leaves in its folder: log.txt, and config.toml where there is one.
+Reads what a run leaves in its folder: log.txt, and config.toml where there is one. Of runs with
+log_norms=True there is a second picture, `<out>_norms`: gradients and updates by group of weights.
 """
 
+import contextlib
 import sys
+import time
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +28,17 @@ GPT2_HELLASWAG = 0.2955  # acc_norm of the same model (build-nanogpt)
 GPT3_HELLASWAG = 0.337  # of GPT-3 (124M), in its paper
 GPT2_LINE = {"color": "0.3", "linestyle": "--", "linewidth": 1}
 GPT3_LINE = {"color": "0.3", "linestyle": ":", "linewidth": 1.3}
+GROUPS = dict(zip(("embedding", "attention", "mlp", "norm"), COLORS, strict=False))
+WHOLE = "#000000"
+NORM_RUNS = 4  # rows of the second picture at most
+WATCH = 10  # seconds from one look at the logs to the next
 
 
 @dataclass(frozen=True)
 class Options:
     runs: tyro.conf.Positional[tuple[str, ...]]  # folders of runs, such as log/gpt2_124m
     out: str = ""  # picture to write (.png, .svg, .pdf); empty: plots/loss_hellaswag.png
+    watch: bool = False  # draw again whenever a log has grown, until Ctrl-C
 
 
 # ---------------------------------------------------------------- reading
@@ -41,6 +50,10 @@ class Run:
     streams: dict  # stream -> (steps, values)
     batch: int  # tokens an optimizer step; 0: not known
     edu: bool  # validated on FineWeb-Edu: only there can a loss be compared with GPT2_LOSS
+
+
+class NoLoss(fineweb.UserError):
+    """A log in which the first loss is still to come."""
 
 
 def read_log(path):
@@ -73,7 +86,7 @@ def read_run(folder):
     log, config = folder / "log.txt", folder / "config.toml"
     streams = read_log(log)
     if not streams.keys() & {"train", "val"}:
-        raise fineweb.UserError(f"{log} holds no loss yet: expected lines such as `0 train 10.95`")
+        raise NoLoss(f"{log} holds no loss yet: expected lines such as `0 train 10.95`")
     try:
         settings = tomllib.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
     except tomllib.TOMLDecodeError as error:
@@ -87,40 +100,111 @@ def read_run(folder):
 
 
 def draw(runs, out):
-    """Write the picture: one panel, or two if any run was scored on HellaSwag."""
+    """Draw the losses, and the norms of the runs that have them -> what was written, in words."""
+    draw_losses(runs, out)
+    logged = [run for run in runs if any(f"norm_{group}" in run.streams for group in GROUPS)]
+    if not logged:
+        return f"wrote {out}"
+    beside = out.with_stem(f"{out.stem}_norms")
+    draw_norms(logged, beside)
+    return f"wrote {out} and {beside}"
+
+
+@contextlib.contextmanager
+def picture(out, rows, columns, size):
+    """Yield a figure and its panels (rows, columns); write it whole, so that none sees a half."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    shared = {"sharex": True, "sharey": "col", "squeeze": False}
+    fig, axes = plt.subplots(rows, columns, figsize=size, dpi=150, layout="constrained", **shared)
+    yield fig, axes
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with fineweb.replacing(out) as temporary:
+        fig.savefig(temporary, format=out.suffix[1:])
+    plt.close(fig)
+
+
+def draw_losses(runs, out):
+    """One panel, or two if any run was scored on HellaSwag."""
     hella = any("hella" in run.streams for run in runs)
     key = legend(runs, hella)
     size = (10 if hella else 7, 4 + 0.2 * len(key))
-    fig, axes = plt.subplots(
-        1, 1 + hella, figsize=size, dpi=150, layout="constrained", sharex=True, squeeze=False
-    )
-    axes = axes[0]
-
     in_tokens = all(run.batch for run in runs)  # else steps, the one thing that all runs have
-    for i, run in enumerate(runs):
-        color, scale = COLORS[i % len(COLORS)], run.batch if in_tokens else 1
-        plot_losses(axes[0], run, color, scale)
-        if "hella" in run.streams:
-            steps, values = run.streams["hella"]
-            axes[1].plot(steps * scale, values, "o-", color=color, markersize=3)
-    label_axes(axes[0], "Loss: validation (dots) and training", "loss (nats per token)", in_tokens)
-    axes[0].set_ylim(*loss_range(runs))
-    if any(run.edu for run in runs):
-        axes[0].axhline(GPT2_LOSS, **GPT2_LINE)
-    if hella:
-        label_axes(axes[1], "HellaSwag", "acc_norm (chance is 0.25)", in_tokens)
-        axes[1].axhline(GPT2_HELLASWAG, **GPT2_LINE)
-        axes[1].axhline(GPT3_HELLASWAG, **GPT3_LINE)
-    # Under the panels, where it can cover no curve.
-    fig.legend(handles=key, loc="outside lower center", frameon=False, fontsize=9)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(out)
-    plt.close(fig)
+    with picture(out, 1, 1 + hella, size) as (fig, [axes]):
+        for i, run in enumerate(runs):
+            color, scale = COLORS[i % len(COLORS)], run.batch if in_tokens else 1
+            plot_losses(axes[0], run, color, scale)
+            if "hella" in run.streams:
+                steps, values = run.streams["hella"]
+                axes[1].plot(steps * scale, values, "o-", color=color, markersize=3)
+        title = "Loss: validation (dots) and training"
+        label_axes(axes[0], title, "loss (nats per token)", in_tokens)
+        axes[0].set_ylim(*loss_range(runs))
+        if any(run.edu for run in runs):
+            axes[0].axhline(GPT2_LOSS, **GPT2_LINE)
+        if hella:
+            label_axes(axes[1], "HellaSwag", "acc_norm (chance is 0.25)", in_tokens)
+            axes[1].axhline(GPT2_HELLASWAG, **GPT2_LINE)
+            axes[1].axhline(GPT3_HELLASWAG, **GPT3_LINE)
+        # Under the panels, where it can cover no curve.
+        fig.legend(handles=key, loc="outside lower center", frameon=False, fontsize=9)
+
+
+def draw_norms(runs, out):
+    """A row a run: the gradient's norm and the relative size of updates, by group of weights."""
+    from matplotlib.lines import Line2D
+
+    shown, in_tokens = runs[:NORM_RUNS], all(run.batch for run in runs)
+    names = {"norm": "gradient norm, before clipping", "update": "norm of update / of weights"}
+    with picture(out, len(shown), 2, (10, 0.8 + 3.4 * len(shown))) as (fig, axes):
+        for i, kind in enumerate(names):
+            lines = {f"{kind}_{group}": color for group, color in GROUPS.items()}
+            if kind == "norm":
+                lines["norm"] = WHOLE  # the one stream that a run has without log_norms, too
+            for run, ax in zip(shown, axes[:, i], strict=True):
+                plot_norms(ax, run, lines, run.batch if in_tokens else 1)
+                label_axes(ax, run.name, names[kind], in_tokens)
+            axes[0, i].set_ylim(*norm_range(shown, lines))
+        for ax in axes[:-1].flat:
+            ax.set_xlabel("")  # the lowest row's is theirs too
+        key = [Line2D([], [], color=c, label=f"{group} weights") for group, c in GROUPS.items()]
+        key.append(Line2D([], [], color=WHOLE, label="whole gradient"))
+        title = f"the first {len(shown)} of {len(runs)} runs" if len(shown) < len(runs) else None
+        where = {"loc": "outside lower center", "frameon": False, "fontsize": 9}
+        fig.legend(handles=key, title=title, ncols=len(key), **where)
+
+
+def plot_norms(ax, run, lines, scale):
+    """Streams on a logarithmic axis, where what is not above 0 is a gap; lines: {stream: color}."""
+    ax.set_yscale("log")
+    for stream, color in lines.items():
+        steps, values = run.streams.get(stream, (np.zeros(0), np.zeros(0)))
+        logs = logarithms(values)
+        smoothed = smooth(logs)
+        if smoothed is not logs:
+            ax.plot(steps * scale, np.exp(logs), color=color, alpha=0.12, linewidth=0.5)
+        ax.plot(steps * scale, np.exp(smoothed), color=color, linewidth=1.2)
+
+
+def norm_range(runs, lines):
+    """Bottom and top of an axis of norms, without the 0.5% of each stream that are lowest.
+
+    The first updates of a warm-up are next to nothing: shown in full, they would flatten the rest.
+    """
+    logs = [logarithms(run.streams[s][1]) for run in runs for s in lines if s in run.streams]
+    logs = [values[np.isfinite(values)] for values in logs if np.isfinite(values).any()]
+    if not logs:
+        return 0.1, 1
+    low, high = min(np.quantile(v, 0.005) for v in logs), max(v.max() for v in logs)
+    margin = 0.05 * (high - low) + 0.1
+    return np.exp(low - margin), np.exp(high + margin)
+
+
+def logarithms(values):
+    return np.log(np.where(np.isfinite(values) & (values > 0), values, np.nan))
 
 
 def plot_losses(ax, run, color, scale):
@@ -148,14 +232,17 @@ def smooth(values):
 
 
 def loss_range(runs):
-    """Bottom and top of the loss axis, which holds every value but a long run's first 5%.
+    """Bottom and top of the loss axis, which holds all that came after 5% of the longest run.
 
-    Those fall from 11: shown in full, they would flatten all that follows.
+    Losses fall from 11: shown in full, a long run's start would flatten the rest. Of a run that
+    was shorter than that, the last value is held.
     """
     shown = [[GPT2_LOSS]] if any(run.edu for run in runs) else []
-    for run in runs:
-        for steps, values in (run.streams[s] for s in ("train", "val") if s in run.streams):
-            shown.append(smooth(values)[steps >= (steps[-1] // 20 if steps[-1] > 1000 else 0)])
+    streams = [run.streams[s] for run in runs for s in ("train", "val") if s in run.streams]
+    longest = max(steps[-1] for steps, _ in streams)
+    start = longest // 20 if longest > 1000 else 0
+    for steps, values in streams:
+        shown.append(smooth(values)[steps >= min(start, steps[-1])])
     shown = np.concatenate(shown)
     shown = shown[np.isfinite(shown)]
     low, high = (shown.min(), shown.max()) if shown.size else (0, 1)
@@ -208,8 +295,26 @@ def describe(run):
 # ---------------------------------------------------------------- command
 
 
+def watch(folders, out):
+    """Draw, and again whenever a log has changed; a run counts from its first loss on."""
+    logs, seen, said = [Path(folder, "log.txt") for folder in folders], None, None
+    while True:
+        sizes = [log.stat().st_size for log in logs if log.exists()]
+        if sizes != seen:
+            runs, seen = [], sizes
+            for folder in folders:
+                with contextlib.suppress(NoLoss):
+                    runs.append(read_run(folder))
+            news = draw(runs, out) + ", again when a log grows" if runs else "no loss yet: waiting"
+            if news != said:
+                print(news, flush=True)
+            said = news
+        time.sleep(WATCH)
+
+
 def main():
-    options = fineweb.command_line(Options, __doc__)
+    flags = ["--watch=True" if flag == "--watch" else flag for flag in sys.argv[1:]]
+    options = fineweb.command_line(Options, __doc__, flags)
     if not options.runs:
         raise fineweb.UserError("no run is named: python plots/plot.py log/gpt2_124m")
     out = Path(options.out or Path(__file__).parent / "loss_hellaswag.png")
@@ -217,8 +322,9 @@ def main():
         raise fineweb.UserError(
             f"--out={out} is no picture: its name should end in .png, .svg or .pdf"
         )
-    draw([read_run(folder) for folder in options.runs], out)
-    print(f"wrote {out}")
+    if options.watch:
+        watch(options.runs, out)
+    print(draw([read_run(folder) for folder in options.runs], out))
 
 
 if __name__ == "__main__":

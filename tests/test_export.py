@@ -1,24 +1,32 @@
 import errno
 import json
 import shutil
-import sys
 from collections import namedtuple
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import export
+import hellaswag
 from fineweb import UserError, tokenizer
-from train_gpt2 import GPT, Config, Sampling, complete, load_model
+from pretrained import KINDS
+from train_gpt2 import ARCHITECTURE, GPT, Config, Sampling, complete, load_model
 
+LLAMA = {"pos_embedding": "rope", "mlp": "swiglu", "norm": "rmsnorm", "bias": False}
 EXPORTABLE = {
     "gpt2": {},
     "no-bias": {"bias": False},
     "no-qkv_bias": {"qkv_bias": False},
     "untied": {"tie_embeddings": False, "dropout": 0.1},
     "unpadded": {"vocab_size": 50257},
+    "llama": LLAMA,
+    "llama-untied": LLAMA | {"tie_embeddings": False, "dropout": 0.1},
+    "llama-rope_theta": LLAMA | {"rope_theta": 100.0, "qkv_bias": False},
 }
+OWN_TASKS = Path(__file__).parent / "data" / "hellaswag_own.jsonl"
 TEXT = "Hello, I'm a language model,"
 
 
@@ -56,38 +64,50 @@ def names(folder):
 # ---------------------------------------------------------------- the same model
 
 
+def random_ids(*shape):
+    return torch.randint(50257, shape, generator=torch.Generator().manual_seed(0))
+
+
 @torch.inference_mode()
 def test_transformers_computes_the_same_logits(exported):
     model, folder = exported
-    oracle = hugging_face(folder)
-    idx = torch.randint(50257, (2, 16), generator=torch.Generator().manual_seed(0))
+    oracle, idx = hugging_face(folder), random_ids(2, 16)
     logits = model(idx)[..., :50257]
-    assert type(oracle).__name__ == "GPT2LMHeadModel"
+    llama = model.cfg.norm == "rmsnorm"
+    assert type(oracle).__name__ == ("LlamaForCausalLM" if llama else "GPT2LMHeadModel")
     assert logits.std() > 0.5
     torch.testing.assert_close(logits, oracle(idx).logits, atol=1e-4, rtol=0)
 
 
-def test_transformers_generates_the_same_greedy_text(checkpoint, tmp_path):
-    path = checkpoint(block_size=64)
-    export.export(path, tmp_path / "exported")
+def greedy_text(oracle, max_new_tokens):
     idx = torch.tensor([tokenizer().encode_ordinary(TEXT)])
-    oracle = hugging_face(tmp_path / "exported")
-    theirs = oracle.generate(idx, max_new_tokens=40, do_sample=False)[0, idx.size(1) :]
-    ours = complete(load_model(path), TEXT, Sampling(temperature=0), max_new_tokens=40)
-    assert ours == [tokenizer().decode(theirs.tolist())]
-    assert len(set(theirs.tolist())) > 3
+    new = oracle.generate(idx, max_new_tokens=max_new_tokens, do_sample=False)[0, idx.size(1) :]
+    assert len(set(new.tolist())) > 3
+    return tokenizer().decode(new.tolist())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "untied", "llama", "llama-untied"])
+def test_transformers_generates_the_same_greedy_text(checkpoint, tmp_path, name):
+    path = checkpoint(block_size=64, **EXPORTABLE[name])
+    export.export(path, tmp_path / "exported")
+    theirs = greedy_text(hugging_face(tmp_path / "exported"), 40)
+    assert complete(load_model(path), TEXT, Sampling(temperature=0), max_new_tokens=40) == [theirs]
 
 
 def test_from_pretrained_reads_back_every_tensor_exactly(exported):
     model, folder = exported
     back = GPT.from_pretrained(folder)
-    assert back.cfg.tie_embeddings == model.cfg.tie_embeddings
+    adds_biases = model.cfg.norm == "layernorm"
+    for key in ARCHITECTURE:
+        if key != "vocab_size" and not (adds_biases and key.endswith("bias")):
+            # without biases, there is none to the queries either
+            assert getattr(back.cfg, key) == getattr(model.cfg, key) or key == "qkv_bias", key
     before, after = model.state_dict(), back.state_dict()
     for name, p in after.items():
         if name in before:
             assert torch.equal(p, before[name][: len(p)]), name
         else:
-            assert name.endswith("bias") and not p.any(), name
+            assert adds_biases and name.endswith("bias") and not p.any(), name
     assert before.keys() <= after.keys()
 
 
@@ -101,21 +121,206 @@ def test_a_folder_exports_to_the_same_bytes(exported, tmp_path):
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_full_size_gpt2_equals_transformers(tmp_path):
+@pytest.mark.parametrize(
+    ("settings", "parameters"), [({}, 124_439_808), (LLAMA, 123_551_232)], ids=["gpt2", "llama"]
+)
+def test_full_size_equals_transformers_both_ways(tmp_path, settings, parameters):
     torch.manual_seed(1)
-    model = GPT(Config()).eval()
+    model = GPT(Config(**settings)).eval()
     for p in model.parameters():
-        p.add_(torch.randn_like(p), alpha=0.02)  # biases that are zero would hide mistakes
+        p.add_(torch.randn_like(p), alpha=0.05)  # biases that are zero would hide mistakes
     torch.save({"model": model.state_dict(), "config": asdict(model.cfg), "step": 0, "best": 11.0},
                tmp_path / "best.pt")  # fmt: skip
     export.export(str(tmp_path / "best.pt"), tmp_path / "exported")
-    oracle = hugging_face(tmp_path / "exported")
-    assert sum(p.numel() for p in oracle.parameters()) == 124_439_808
-    idx = torch.randint(50257, (1, 256), generator=torch.Generator().manual_seed(0))
+    oracle, idx = hugging_face(tmp_path / "exported"), random_ids(1, 1024)
+    assert sum(p.numel() for p in oracle.parameters()) == parameters
     theirs = oracle(idx).logits
     torch.testing.assert_close(model(idx)[..., :50257], theirs, atol=1e-4, rtol=1e-5)
-    back = GPT.from_pretrained(tmp_path / "exported")
+    oracle.save_pretrained(tmp_path / "saved", max_shard_size="200MB")
+    assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 1
+    back = GPT.from_pretrained(tmp_path / "saved")
     torch.testing.assert_close(back(idx), theirs, atol=1e-4, rtol=1e-5)
+    assert complete(back, TEXT, Sampling(temperature=0), max_new_tokens=16) == [
+        greedy_text(oracle, 16)
+    ]
+
+
+# ---------------------------------------------------------------- Llamas from elsewhere
+
+
+@pytest.fixture(params=[False, True], ids=["untied", "tied"])
+def llama(request, tmp_path):
+    """(a Llama of transformers' with random weights, the folder that transformers made of it)"""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        num_hidden_layers=3, num_attention_heads=4, hidden_size=32, intermediate_size=128,
+        max_position_embeddings=16, vocab_size=512, rms_norm_eps=1e-5, rope_theta=500.0,
+        tie_word_embeddings=request.param, initializer_range=0.2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "llama")
+    return model, tmp_path / "llama"
+
+
+def change_config(folder, **keys):
+    """Set keys of config.json; None takes one out."""
+    config = json.loads((folder / "config.json").read_text("utf-8")) | keys
+    config = {key: value for key, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+
+
+@torch.inference_mode()
+def assert_same_logits(oracle, folder):
+    back, idx = GPT.from_pretrained(folder), random_ids(2, 16) % 512
+    theirs = oracle(idx).logits
+    assert theirs.std() > 0.5
+    torch.testing.assert_close(back(idx), theirs, atol=1e-4, rtol=0)
+
+
+def test_a_llama_of_transformers_is_read(llama):
+    assert_same_logits(*llama)
+
+
+def test_what_transformers_4_wrote_is_read(llama):
+    oracle, folder = llama
+    change_config(folder, rope_parameters=None, rope_theta=500.0, dtype=None, head_dim=None,
+                  torch_dtype="float32")  # fmt: skip
+    assert_same_logits(oracle, folder)
+
+
+def test_what_config_json_leaves_out_is_as_in_transformers(llama):
+    oracle, folder = llama
+    if not oracle.config.tie_word_embeddings:
+        change_config(folder, tie_word_embeddings=None)
+        assert_same_logits(oracle, folder)
+    change_config(folder, rms_norm_eps=None)
+    with pytest.raises(UserError, match="rms_norm_eps is 1e-06"):
+        GPT.from_pretrained(folder)
+
+
+def test_weights_in_several_files_are_read(llama, exported, tmp_path):
+    for oracle, name in ((llama[0], "a"), (hugging_face(exported[1]), "b")):
+        oracle.save_pretrained(tmp_path / name, max_shard_size="20KB")
+        assert len(list((tmp_path / name).glob("*.safetensors"))) > 2
+        assert_same_logits(oracle, tmp_path / name)
+        next((tmp_path / name).glob("*.safetensors")).unlink()
+        with pytest.raises(UserError, match="No such file"):
+            GPT.from_pretrained(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"num_key_value_heads": 2},
+        {"head_dim": 16},
+        {"intermediate_size": 96},
+        {"hidden_act": "gelu"},
+        {"rms_norm_eps": 1e-6},
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}},
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        {"model_type": "mistral"},
+    ],
+    ids=lambda keys: next(iter(keys)),
+)
+def test_what_gpt_does_not_compute_is_refused_by_name(llama, keys):
+    (key, value), folder = next(iter(keys.items())), llama[1]
+    change_config(folder, **keys)
+    with pytest.raises(UserError) as refusal:
+        GPT.from_pretrained(folder)
+    message = str(refusal.value)
+    assert f"{key.replace('scaling', 'parameters')} is " in message and ", not " in message
+    assert str(folder) in message and "\n" not in message
+    wrong = value.values() if isinstance(value, dict) else [value]
+    assert all(str(x) in message for x in wrong)
+
+
+def test_a_llama_without_some_of_its_tensors_or_with_more_is_refused(llama):
+    folder = llama[1]
+    for layers in (4, 2):
+        change_config(folder, num_hidden_layers=layers)
+        with pytest.raises(UserError, match="no GPT-2 or Llama that can be read") as refusal:
+            GPT.from_pretrained(folder)
+        assert "model.layers." in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "name, repository",
+    [("gpt2-medium", "openai-community/gpt2-medium"), ("someone/a_gpt-2.1", "someone/a_gpt-2.1")],
+)
+def test_names_are_fetched_from_the_hub(shared_folder, monkeypatch, name, repository):
+    import huggingface_hub
+
+    def serve(repo, file):
+        assert repo == repository
+        return str(shared_folder / file)
+
+    def fail(*_):
+        raise TimeoutError
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", serve)
+    assert GPT.from_pretrained(name).cfg.n_embd == 8
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    with pytest.raises(UserError, match=f"{name} could not be downloaded: TimeoutError"):
+        GPT.from_pretrained(name)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "a/b/c", "../out", "gpt3"])
+def test_what_is_no_name_of_the_hub_is_not_asked_there(name):
+    with pytest.raises(UserError, match=rf"{name} is no \.pt file, no folder, none of gpt2"):
+        GPT.from_pretrained(Path(name))
+
+
+# ---------------------------------------------------------------- EleutherAI's harness
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_harness_computes_the_same_likelihoods(checkpoint, tmp_path, runtime, name):
+    """Given hellaswag.py's strings, acc is the same; its acc_norm is a mean over characters."""
+    lm_eval = pytest.importorskip("lm_eval")
+    path = checkpoint(block_size=128, **EXPORTABLE[name])
+    export.export(path, tmp_path / "exported")
+    files = {"data_files": {"validation": str(OWN_TASKS)}, "cache_dir": str(tmp_path / "cache")}
+    task = {
+        "task": "hellaswag_raw",
+        "dataset_path": "json",
+        "dataset_kwargs": files,
+        "validation_split": "validation",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{ctx}}",
+        "doc_to_choice": "{{endings}}",
+        "doc_to_target": "{{label}}",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    arguments = f"pretrained={tmp_path / 'exported'},dtype=float32"
+    results = lm_eval.simple_evaluate("hf", arguments, [task], device="cpu", bootstrap_iters=0)
+    theirs = results["results"]["hellaswag_raw"]
+    samples = sorted(results["samples"]["hellaswag_raw"], key=lambda sample: sample["doc_id"])
+
+    model, by_characters = load_model(path), 0
+    for sample in samples:
+        ours = [ending_likelihood(model, sample["doc"]["ctx"], x) for x in sample["doc"]["endings"]]
+        assert ours == pytest.approx([x[0] for x in sample["filtered_resps"]], abs=1e-3)
+        means = [x / len(text) for x, text in zip(ours, sample["doc"]["endings"], strict=True)]
+        by_characters += means.index(max(means)) == sample["doc"]["label"]
+    with torch.inference_mode():
+        tasks = hellaswag.load(OWN_TASKS)
+        scores = hellaswag.score(model, tasks, runtime)
+    assert len(samples) == scores["tasks"] == len(tasks)
+    assert theirs["acc,none"] == scores["acc"]
+    assert theirs["acc_norm,none"] == by_characters / len(tasks)
+
+
+@torch.inference_mode()
+def ending_likelihood(model, context, ending):
+    """log p(ending | context), as hellaswag.py renders and sums it, one row at a time."""
+    context, ending = (tokenizer().encode_ordinary(x) for x in (context, " " + ending))
+    logits = model(torch.tensor([context + ending[:-1]]))[0, -len(ending) :, :50257]
+    return -F.cross_entropy(logits, torch.tensor(ending), reduction="sum").item()
 
 
 # ---------------------------------------------------------------- the folder
@@ -175,11 +380,35 @@ def test_model_card_tells_the_run_and_no_path_of_its_machine(checkpoint, tmp_pat
     assert "someone" not in card
 
 
+def test_model_card_has_the_hellaswag_score_of_the_checkpoint(checkpoint, tmp_path):
+    log = "500 hella 0.25\n1000 val 3.25\n1000 hella 0.2704\n1000 hella 0.2801\n"
+    cards = {}
+    for name, lines in {
+        "same_step": log,
+        "earlier": "500 hella 0.2604\n750 val 3.3\n1500 hella 0.31\n",
+        "torn": "500 hella 0.2604\n1000 hella 0.2",
+        "later": "1500 hella 0.31\n",
+    }.items():
+        (tmp_path / "log.txt").write_text(lines, "utf-8")
+        export.export(checkpoint(hellaswag_examples=40), tmp_path / name)
+        cards[name] = (tmp_path / name / "README.md").read_text("utf-8")
+    assert "| 0.2801 (step 1,000, hellaswag_examples=40) |" in cards["same_step"]
+    assert "| 0.2604 (step 500, " in cards["earlier"] and "0.31" not in cards["earlier"]
+    assert "| 0.2604 (step 500, " in cards["torn"]
+    assert "HellaSwag" not in cards["later"] and "0.31" not in cards["later"]
+
+
+def test_model_card_names_the_architecture(checkpoint, tmp_path):
+    for name in ("gpt2", "llama"):
+        export.export(checkpoint(**EXPORTABLE[name]), tmp_path / name)
+        assert f"| {KINDS[name].name} |" in (tmp_path / name / "README.md").read_text("utf-8")
+
+
 def test_model_card_claims_nothing_that_is_not_known(shared_folder, checkpoint, tmp_path):
     export.export(str(shared_folder), tmp_path / "again")
     card = (tmp_path / "again" / "README.md").read_text(encoding="utf-8")
     assert "parameters" in card
-    assert "validation loss" not in card
+    assert "validation loss" not in card and "HellaSwag" not in card
     assert "learning_rate" not in card
     export.export(checkpoint(grad_accum_steps=4), tmp_path / "unknown_batch")
     assert "training tokens" not in (tmp_path / "unknown_batch/README.md").read_text("utf-8")
@@ -188,17 +417,41 @@ def test_model_card_claims_nothing_that_is_not_known(shared_folder, checkpoint, 
 # ---------------------------------------------------------------- refusals
 
 
-def test_all_toggles_that_gpt2_lacks_are_named_at_once(checkpoint, tmp_path):
-    path = checkpoint(pos_embedding="rope", mlp="swiglu", norm="rmsnorm", qk_norm=True,
-                      logit_softcap=5.0)  # fmt: skip
+NEITHER = {  # settings: (the nearer kind, what is in its way)
+    "relu2": ({"mlp": "relu2"}, "GPT2LMHeadModel", ["mlp=relu2"]),
+    "rope": ({"pos_embedding": "rope"}, "GPT2LMHeadModel", ["pos_embedding=rope"]),
+    "other ids": ({"vocab_size": 512}, "GPT2LMHeadModel", ["vocab_size=512"]),
+    "llama with biases": (LLAMA | {"bias": True}, "LlamaForCausalLM", ["bias=True"]),
+    "llama with more": (
+        LLAMA | {"bias": True, "qk_norm": True, "logit_softcap": 5.0},
+        "LlamaForCausalLM", ["qk_norm=True", "logit_softcap=5.0", "bias=True"],
+    ),
+    "gpt2 with more": (
+        {"pos_embedding": "rope", "mlp": "relu2", "qk_norm": True, "logit_softcap": 5.0},
+        "GPT2LMHeadModel",
+        ["pos_embedding=rope", "mlp=relu2", "qk_norm=True", "logit_softcap=5.0"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "nearer", "toggles"), NEITHER.values(), ids=NEITHER)
+def test_all_toggles_in_the_way_are_named_at_once(checkpoint, tmp_path, settings, nearer, toggles):
     with pytest.raises(UserError) as refusal:
-        export.export(path, tmp_path / "exported")
-    for toggle in ("pos_embedding=rope", "mlp=swiglu", "norm=rmsnorm", "qk_norm=True",
-                   "logit_softcap=5.0"):  # fmt: skip
-        assert toggle in str(refusal.value)
-    with pytest.raises(UserError, match="no mlp=relu2:"):
-        export.export(checkpoint(mlp="relu2"), tmp_path / "exported")
+        export.export(checkpoint(**settings), tmp_path / "exported")
+    first_line = str(refusal.value).splitlines()[0]
+    assert first_line == (
+        "neither GPT2LMHeadModel nor LlamaForCausalLM: "
+        f"the nearer, {nearer}, has no {', '.join(toggles)}"
+    )
     assert names(tmp_path) == ["best.pt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "irrelevant"), [("gpt2", {"bias", "qkv_bias", "rope_theta"}), ("llama", {"qkv_bias"})]
+)
+def test_no_key_of_the_architecture_is_overlooked(name, irrelevant):
+    kind = KINDS[name]
+    assert {*kind.sizes, *kind.toggles, *irrelevant} == set(ARCHITECTURE)
 
 
 def test_a_folder_with_anything_in_it_stays_as_it_is(checkpoint, tmp_path):
@@ -231,18 +484,17 @@ def test_nothing_is_left_of_an_export_that_fails(checkpoint, tmp_path, monkeypat
 def test_a_full_disk_is_said_before_anything_is_written(checkpoint, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
-    with pytest.raises(UserError, match="bytes of disk, 1,000 are free"):
+    with pytest.raises(UserError, match=r"exported needs 6\.\d\dMB more, 1\.00kB are free"):
         export.export(checkpoint(), tmp_path / "exported")
     assert names(tmp_path) == ["best.pt"]
 
 
-def test_command_says_what_it_wrote(shared_folder, tmp_path, monkeypatch, capsys):
-    out_dir = tmp_path / "exported"
-    monkeypatch.setattr(
-        sys, "argv", ["export.py", f"--model={shared_folder}", f"--out_dir={out_dir}"]
-    )
-    export.main()
-    printed = capsys.readouterr().out
-    assert f"wrote {out_dir}" in printed
-    assert all(name in printed for name in names(out_dir))
-    assert json.loads((out_dir / "config.json").read_text("utf-8"))["n_embd"] == 8
+def test_command_says_what_it_wrote(checkpoint, tmp_path, run_cli):
+    path = checkpoint(**LLAMA)
+    done = run_cli("export.py", f"--model={path}", "--out_dir=exported")
+    assert done.returncode == 0, done.stderr
+    assert "wrote exported/" in done.stdout
+    folder = tmp_path / "exported"
+    assert all(name in done.stdout for name in names(folder))
+    assert json.loads((folder / "config.json").read_text("utf-8"))["hidden_size"] == 32
+    assert type(hugging_face(folder)).__name__ == "LlamaForCausalLM"

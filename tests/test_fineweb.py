@@ -1467,7 +1467,7 @@ def json_lines(draw):
     fields = ", ".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in pairs)
     line = draw(st.sampled_from(["", " ", "\ufeff"])) + "{" + fields + "}"
     if draw(st.booleans()):  # the characters themselves, but for those that have no UTF-8
-        escaped = r"\\u(?!00[01]|0022|005c|d[89a-f])[0-9a-f]{4}"
+        escaped = r"(?<!\\)\\u(?!00[01]|0022|005c|d[89a-f])[0-9a-f]{4}"
         line = re.sub(escaped, lambda match: json.loads(f'"{match[0]}"'), line)
     return line
 

@@ -1,11 +1,21 @@
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 
 from fineweb import END_OF_TEXT, tokenizer
-from train_gpt2 import GPT, Config, KVCache, Sampling, complete, generate, sample_token
+from sample import GraphedStep
+from train_gpt2 import (
+    GPT,
+    Config,
+    KVCache,
+    Sampling,
+    complete,
+    generate,
+    next_logits,
+    sample_token,
+)  # fmt: skip
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -36,10 +46,14 @@ def drawn(probabilities, rows=4000, seen=None, **how):
 def test_cached_logits_equal_the_full_forward(tiny, toggles, make_model):
     model, idx = make_model(replace(tiny, **toggles)), prompt(3, 16)
     expected = model(idx)
-    for first in (1, 7, 16):  # tokens read at once, before the others one at a time
-        cache = KVCache(model.cfg)
-        parts = [model(idx[:, :first], cache=cache)]
-        parts += [model(idx[:, t : t + 1], cache=cache) for t in range(first, 16)]
+    for first, size in ((1, 16), (7, 20), (16, 16)):  # tokens read at once, before one at a time
+        cache, keys = KVCache(size), torch.arange(size)
+
+        def read(a, b, cache=cache, keys=keys):
+            mask = keys <= keys[a:b, None]
+            return model.logits(model.features(idx[:, a:b], keys[a:b], mask, cache))
+
+        parts = [read(0, first), *(read(t, t + 1) for t in range(first, 16))]
         torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -55,6 +69,34 @@ def test_generation_equals_full_forwards_past_the_block_size_too(tiny, toggles, 
         window = torch.cat((window, new), dim=1)
         expected.append(new)
     assert torch.equal(continued(model, idx, 40, Sampling()), torch.cat(expected, dim=1))
+
+
+class FakeGraph:
+    """Stands for a CUDA graph: what is captured is computed again, from the same tensors."""
+
+    def __init__(self, step, made):
+        self.step, self.made = step, made
+
+    def replay(self):
+        self.made.append(1)
+        self.step.logits.copy_(self.step.compute())
+
+
+@pytest.mark.parametrize("length", [1, 5, 15, 40])
+def test_graphed_steps_continue_as_plain_ones_do(tiny, toggles, make_model, monkeypatch, length):
+    model, idx, step, replays = make_model(replace(tiny, **toggles)), prompt(2, length), None, []
+
+    class Step(GraphedStep):
+        def capture(self, model, cache, *inputs):
+            self.inputs = [x.clone() for x in inputs]
+            self.compute = lambda: next_logits(model, *self.inputs, cache)
+            self.logits, self.graph = self.compute(), FakeGraph(self, replays)
+
+    step = Step()
+    generator = torch.Generator().manual_seed(0)
+    made = torch.cat(list(generate(model, idx, 40, Sampling(), generator, step)), dim=1)
+    assert torch.equal(made, continued(model, idx, 40, Sampling()))
+    assert len(replays) >= 30
 
 
 # ---------------------------------------------------------------- sampling
@@ -200,3 +242,13 @@ def test_special_token_in_a_prompt_is_ordinary_text(favouring):
     assert complete(model, "<|endoftext|>", GREEDY, max_new_tokens=2) == [
         tokenizer().decode([5] * 2)
     ]
+
+
+def test_model_of_a_checkpoint_continues_a_text(favouring, tmp_path):
+    word = tokenizer().encode_ordinary(" word")[0]
+    model = favouring({word: 50})
+    content = {"model": model.state_dict(), "config": asdict(model.cfg)}
+    torch.save(content, tmp_path / "best.pt")
+    model = GPT.from_checkpoint(tmp_path / "best.pt")
+    assert model.generate("Hello world,", max_new_tokens=3) == " word word word"
+    assert model.generate("", 2, temperature=0.5, top_k=1) == " word word"

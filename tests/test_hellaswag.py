@@ -13,10 +13,14 @@ from torch.nn import functional as F
 
 import hellaswag
 from fineweb import UserError, tokenizer
+from train_gpt2 import GPT, Config
 
 REPOSITORY = Path(__file__).parents[1]
 OWN = Path(__file__).parent / "data" / "hellaswag_own.jsonl"
 SHARED = REPOSITORY.parent / "shared" / "data" / "hellaswag_val.jsonl"
+
+
+LLAMA = {"pos_embedding": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}
 
 
 @pytest.fixture(scope="module")
@@ -24,50 +28,43 @@ def tasks():
     return hellaswag.load(OWN)
 
 
-class CausalMean(torch.nn.Module):
-    """A causal stand-in: each position sees the mean of the embeddings up to and including it."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(1)
-        self.embedding = torch.nn.Embedding(50257, 8)
-        self.head = torch.nn.Linear(8, 50257)
-
-    def logits_at(self, tokens, mask):
-        count = torch.arange(1, tokens.size(1) + 1)[:, None]
-        x = self.embedding(tokens).cumsum(1) / count  # (R, T, 8)
-        return self.head(x[mask])
+@pytest.fixture(scope="module", params=[{}, LLAMA], ids=["gpt2", "llama"])
+def model(request):
+    """Untrained but opinionated: a small GPT with ten times the usual weights, float32."""
+    torch.manual_seed(1)
+    model = GPT(Config(n_layer=2, n_head=2, n_embd=16, block_size=128, **request.param)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(10 if p.dim() == 2 else 1)
+        yield model
 
 
-@pytest.fixture(scope="module")
-def model():
-    with torch.inference_mode():
-        yield CausalMean()
-
-
-def one_at_a_time(logits_at, task):
-    """Reference: each of the four rows alone, unpadded, in float64."""
-    totals, means = [], []
-    for row in task.rows:
-        tokens = torch.tensor(row.astype("int64"))[None]
-        everywhere = torch.ones_like(tokens[:, :-1], dtype=torch.bool)
-        logp = F.log_softmax(logits_at(tokens[:, :-1], everywhere).double(), dim=-1)
-        logp = logp.gather(1, tokens[0, 1:, None])[task.start - 1 :]
+def one_at_a_time(model, task):
+    """Reference: each of the four rows alone, unpadded, all of its logits, summed in float64."""
+    totals, means, by_characters = [], [], []
+    for ending, characters in zip(task.endings, task.characters, strict=True):
+        row = torch.tensor([task.context + ending])
+        logp = F.log_softmax(model(row[:, :-1])[0, :, :50257].double(), dim=-1)
+        logp = logp.gather(1, row[0, 1:, None])[len(task.context) - 1 :]
         totals.append(logp.sum())
         means.append(logp.mean())
-    return int(torch.stack(totals).argmax()), int(torch.stack(means).argmax())
+        by_characters.append(logp.sum() / characters)
+    return [int(torch.stack(x).argmax()) for x in (totals, means, by_characters)]
 
 
-def rigged(wanted, dislike=1000.0):
-    """logits_at that is indifferent in row `wanted` of each task; in the others it bets on id 0."""
+class Fond:
+    """Stands for a model to which all ids are alike, but for some that it likes."""
 
-    def logits_at(tokens, mask):
-        row = mask.nonzero()[:, 0]
-        logits = torch.zeros(len(row), 50257)
-        logits[row % 4 != wanted, 0] = dislike  # "!", which no ending here contains
+    def __init__(self, ids, much=1000.0):
+        self.cfg, self.ids, self.much = Config(), ids, much
+
+    def features(self, tokens, position, mask):
+        return tokens[..., None]
+
+    def text_logits(self, x):
+        logits = torch.zeros(len(x), 50257)
+        logits[:, self.ids] = self.much
         return logits
-
-    return logits_at
 
 
 # ---------------------------------------------------------------- tasks
@@ -78,44 +75,69 @@ def test_own_tasks_are_varied(tasks):
     assert {task.label for task in tasks} == {0, 1, 2, 3}
 
 
-def test_rows_are_context_then_space_and_ending(tasks):
+def test_endings_follow_their_context_after_a_space(tasks):
     first = json.loads(OWN.read_text(encoding="utf-8").splitlines()[0])
-    for row, ending in zip(tasks[0].rows, first["endings"], strict=True):
-        assert tokenizer().decode(row[: tasks[0].start].tolist()) == first["ctx"]
-        assert tokenizer().decode(row[tasks[0].start :].tolist()) == " " + ending
+    assert tokenizer().decode(tasks[0].context) == first["ctx"]
+    for tokens, ending in zip(tasks[0].endings, first["endings"], strict=True):
+        assert tokenizer().decode(tokens) == " " + ending
 
 
-def test_mask_covers_only_the_ending(tasks):
-    tokens, targets, mask = hellaswag.collate(tasks, 1024, "cpu")
-    assert tokens.shape == targets.shape == mask.shape and tokens.size(1) % 32 == 0
-    rows = [(task, row) for task in tasks for row in task.rows]
-    for r, (task, row) in enumerate(rows):
-        assert targets[r][mask[r]].tolist() == row[task.start :].tolist()
-        assert tokens[r, : len(row) - 1].tolist() == row[:-1].tolist()
-        assert not tokens[r, len(row) :].any()
+def collated(tasks, block_size=1024):
+    return hellaswag.collate([hellaswag.pack(task, block_size) for task in tasks], "cpu")
 
 
-def test_long_rows_lose_the_context_not_the_ending(tasks):
-    task = max(tasks, key=lambda task: len(task.rows[0]))
-    ending = max(len(row) - task.start for row in task.rows)
-    tokens, targets, mask = hellaswag.collate([task], ending + 3, "cpu")
-    assert tokens.size(1) == ending + 3
-    for r, row in enumerate(task.rows):
-        assert targets[r][mask[r]].tolist() == row[task.start :].tolist()
+def seen_and_predicted(tasks, block_size=1024):
+    """Of each ending's tokens: the tokens and positions that the place before it sees, and it."""
+    (tokens, position, mask), *scored = collated(tasks, block_size)
+    endings = [[] for _ in range(4 * len(tasks))]
+    for row, column, target, ending in zip(*(x.tolist() for x in scored), strict=True):
+        sees = mask[row, 0, column]
+        seen = tokens[row][sees].tolist(), position[row][sees].tolist()
+        endings[ending].append((*seen, target))
+    return endings
 
 
-def test_ending_longer_than_the_block_keeps_its_last_tokens(tasks):
-    tokens, targets, mask = hellaswag.collate(tasks, 4, "cpu")
-    assert tokens.shape == (4 * len(tasks), 4)
-    endings = [row[task.start :].tolist() for task in tasks for row in task.rows]
-    assert [t[m].tolist() for t, m in zip(targets, mask, strict=True)] == [e[-4:] for e in endings]
+def test_each_token_of_an_ending_is_predicted_from_its_context_and_ending_alone(tasks):
+    made = seen_and_predicted(tasks)
+    for i, ending in enumerate(ending for task in tasks for ending in task.endings):
+        context = tasks[i // 4].context
+        rows = [context + ending[:j] for j in range(len(ending))]
+        assert made[i] == [
+            (row, [*range(len(row))], token) for row, token in zip(rows, ending, strict=True)
+        ]
+
+
+def test_padding_is_to_few_widths_and_sees_something(tasks):
+    (tokens, position, mask), *_ = collated(tasks)
+    assert tokens.shape == position.shape and mask.shape == (
+        *tokens.shape[:1],
+        1,
+        *[tokens.size(1)] * 2,
+    )
+    assert tokens.size(1) % 32 == 0
+    assert mask.any(-1).all()  # attention of a place that sees nothing would be no number
+
+
+def test_long_tasks_lose_the_contexts_beginning_for_all_endings_alike(tasks):
+    task = max(tasks, key=lambda task: len(task.context))
+    longest = max(map(len, task.endings))
+    made = seen_and_predicted([task], longest + 3)
+    for ending, tokens in zip(made, task.endings, strict=True):
+        assert [target for *_, target in ending] == tokens
+        assert ending[0][:2] == (task.context[-4:], [0, 1, 2, 3])
+    assert max(max(position) for ending in made for _, position, _ in ending) == longest + 2
+
+
+def test_ending_longer_than_the_block_keeps_its_first_tokens(tasks):
+    made = seen_and_predicted(tasks, 4)
+    endings = [ending for task in tasks for ending in task.endings]
+    assert [[target for *_, target in ending] for ending in made] == [e[:4] for e in endings]
+    assert all(max(position) < 4 for ending in made for _, position, _ in ending)
 
 
 def test_examples_are_spread_evenly_over_the_file(tasks):
     some = hellaswag.load(OWN, examples=4)
-    assert [task.rows[0].tolist() for task in some] == [
-        tasks[i].rows[0].tolist() for i in range(0, len(tasks), len(tasks) // 4)
-    ]
+    assert some == [tasks[i] for i in range(0, len(tasks), len(tasks) // 4)]
     assert len(hellaswag.load(OWN, examples=10**6)) == len(tasks)
 
 
@@ -160,20 +182,30 @@ def test_missing_and_empty_files_are_user_errors(tmp_path):
 def test_all_validation_tasks_load_and_render():
     tasks = hellaswag.load(SHARED)
     assert len(tasks) == 10_042
-    assert all(task.label in range(4) and len(task.rows) == 4 for task in tasks)
-    assert all(1 <= task.start < len(row) <= 1025 for task in tasks for row in task.rows)
+    assert all(task.label in range(4) and len(task.endings) == 4 for task in tasks)
+    assert all(task.context and all(task.endings) for task in tasks)
+    assert all(len(task.context) + len(e) <= 1025 for task in tasks for e in task.endings)
 
 
 # ---------------------------------------------------------------- scoring
 
 
-def test_rigged_logits_pick_the_label(tasks):
-    for wanted in range(4):
-        ours = [task for task in tasks if task.label == wanted]
-        counts = hellaswag.evaluate(rigged(wanted), ours, 1024)
-        assert counts.tolist() == [len(ours), len(ours), len(ours)]
-        counts = hellaswag.evaluate(rigged((wanted + 1) % 4), ours, 1024)
-        assert counts.tolist() == [0, 0, len(ours)]
+def test_characters_are_those_of_the_ending_without_its_space(tasks):
+    first = json.loads(OWN.read_text(encoding="utf-8").splitlines()[0])
+    assert tasks[0].characters == [len(ending) for ending in first["endings"]]
+
+
+def test_one_metric_counts_tokens_and_another_characters():
+    nll, tokens, characters = torch.tensor([[8.0, 9.0, 10.0, 99.0], [1, 2, 2, 9], [9, 9, 12, 9]])
+    assert hellaswag.pick(nll, tokens, characters) == [[0, 1, 2]]
+
+
+def test_the_likeliest_ending_is_picked(tasks):
+    for task in tasks:
+        for wanted in range(4):
+            counts = hellaswag.evaluate(Fond(task.endings[wanted]), [task])
+            right = int(wanted == task.label)
+            assert counts.tolist() == [1, right, right, right]
 
 
 def test_acc_takes_the_sum_and_acc_norm_the_mean(tmp_path):
@@ -181,46 +213,39 @@ def test_acc_takes_the_sum_and_acc_norm_the_mean(tmp_path):
     path = tmp_path / "tasks.jsonl"
     task = {"ctx": "A man", "endings": ["sits.", long, long, long], "label": 0}
     path.write_text(json.dumps(task), encoding="utf-8")
-    # A token costs ln 50257 = 10.8 in row 1 and 12.3 elsewhere; row 0 has 2 of them, the others 13.
-    counts = hellaswag.evaluate(rigged(1, dislike=12.0), hellaswag.load(path), 1024)
-    assert counts.tolist() == [1, 0, 1]
+    tasks = hellaswag.load(path)
+    # A token of the long endings costs 8.8, another ln 50257 = 10.8: "sits." has one of each.
+    counts = hellaswag.evaluate(Fond(tasks[0].endings[1], much=2.0), tasks)
+    assert counts.tolist() == [1, 1, 0, 0]
 
 
 def test_batched_picks_equal_scoring_one_task_at_a_time(tasks, model):
-    expected = {i: one_at_a_time(model.logits_at, task) for i, task in enumerate(tasks)}
-    assert len(set(expected.values())) > 4  # not a model that always picks the same
-    for batch_rows in (4, 20, 64):
-        picks = hellaswag.predictions(model.logits_at, tasks, 1024, batch_rows=batch_rows)
-        assert {i: (by_sum, by_mean) for i, by_sum, by_mean in picks} == expected
+    expected = {i: one_at_a_time(model, task) for i, task in enumerate(tasks)}
+    assert len(set(map(tuple, expected.values()))) > 4  # no model that always picks the same
+    for batch_tokens in (1, 500, 4096):
+        picks = hellaswag.predictions(model, tasks, batch_tokens=batch_tokens)
+        assert dict(picks) == expected
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_each_task_is_counted_once_across_ranks(tasks, model, world):
-    alone = hellaswag.evaluate(model.logits_at, tasks, 1024, batch_rows=20)
-    ranks = [
-        list(
-            hellaswag.predictions(model.logits_at, tasks, 1024, rank=r, world=world, batch_rows=20)
-        )
-        for r in range(world)
-    ]
+    how = dict(world=world, batch_tokens=500)
+    ranks = [list(hellaswag.predictions(model, tasks, rank=r, **how)) for r in range(world)]
     assert sorted(pick[0] for picks in ranks for pick in picks) == list(range(len(tasks)))
-    counts = [
-        hellaswag.evaluate(model.logits_at, tasks, 1024, rank=r, world=world, batch_rows=20)
-        for r in range(world)
-    ]
-    assert torch.equal(sum(counts), alone)
+    counts = [hellaswag.evaluate(model, tasks, rank=r, **how) for r in range(world)]
+    assert torch.equal(sum(counts), hellaswag.evaluate(model, tasks, batch_tokens=500))
 
 
 def test_rank_without_a_batch_counts_nothing(tasks, model):
-    counts = hellaswag.evaluate(model.logits_at, tasks[:4], 1024, rank=1, world=2)
-    assert counts.tolist() == [0, 0, 0] and counts.dtype == torch.int64
+    counts = hellaswag.evaluate(model, tasks[:4], rank=1, world=2)
+    assert counts.tolist() == [0, 0, 0, 0] and counts.dtype == torch.int64
 
 
 def test_score_adds_ranks_and_gives_binomial_errors(tasks, model):
-    one = hellaswag.evaluate(model.logits_at, tasks, 1024)
+    one = hellaswag.evaluate(model, tasks)
     twin = SimpleNamespace(device="cpu", rank=0, world=1, sum=lambda counts: 2 * counts)
-    scores = hellaswag.score(model.logits_at, tasks, 1024, twin)
-    p = one[1].item() / len(tasks)
+    scores = hellaswag.score(model, tasks, twin)
+    p = one[2].item() / len(tasks)
     assert scores["tasks"] == 2 * len(tasks)
     assert scores["acc_norm"] == pytest.approx(p)
     assert scores["acc_norm_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / (2 * len(tasks))))

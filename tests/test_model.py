@@ -171,15 +171,24 @@ def test_dropout_acts_in_training_mode_alone(tiny, make_model):
     torch.testing.assert_close(plain.train()(idx), plain.eval()(idx))
 
 
-def test_scored_logits_are_those_of_the_masked_positions_and_padding_has_no_chance(
-    tiny, make_model
-):
+def test_ids_that_pad_the_matrices_have_no_chance(tiny, make_model):
     model, idx = make_model(replace(tiny, n_embd=8, vocab_size=50304)), tokens(tiny, 2, 16)
-    mask = torch.rand(2, 16, generator=torch.Generator().manual_seed(0)) < 0.3
-    expected = model(idx)[mask][:, :50257].log_softmax(-1)
-    actual = model.logits_at(idx, mask).log_softmax(-1)
-    torch.testing.assert_close(actual[:, :50257], expected)
-    assert (actual[:, 50257:] == -math.inf).all()
+    actual = model.text_logits(model.features(idx)).log_softmax(-1)
+    torch.testing.assert_close(actual[..., :50257], model(idx)[..., :50257].log_softmax(-1))
+    assert (actual[..., 50257:] == -math.inf).all()
+
+
+@torch.no_grad()
+def test_rows_packed_side_by_side_compute_what_each_computes_alone(tiny, toggles, make_model):
+    """A beginning and two ways on, in one row, as HellaSwag's tasks are."""
+    model, idx = make_model(replace(tiny, **toggles)), tokens(tiny, 1, 14)
+    position = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7, 8, 9]])
+    segment = torch.tensor([[0] * 5 + [1] * 4 + [2] * 5])
+    mask = ((segment[:, None] == segment[:, :, None]) | (segment == 0)[:, None]).tril()[:, None]
+    packed = model.features(idx, position, mask)
+    torch.testing.assert_close(packed[:, :9], model.features(idx[:, :9]))
+    alone = model.features(torch.cat((idx[:, :5], idx[:, 9:]), dim=1))
+    torch.testing.assert_close(packed[:, 9:], alone[:, 5:])
 
 
 # ---------------------------------------------------------------- Hugging Face folders

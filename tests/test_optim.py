@@ -164,8 +164,8 @@ def poison(monkeypatch):
         now[0] = None
         return told
 
-    def poisoned_forward(self, idx, targets=None, cache=None):
-        out = forward(self, idx, targets, cache)
+    def poisoned_forward(self, idx, targets=None):
+        out = forward(self, idx, targets)
         return out * math.nan if now[0] in steps else out
 
     monkeypatch.setattr(train_gpt2, "train_step", noting_step)

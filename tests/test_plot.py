@@ -1,7 +1,10 @@
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,11 +21,15 @@ def read(tmp_path, text):
     return {s: [x.tolist() for x in pair] for s, pair in plot.read_log(path).items()}
 
 
-def write_run(folder, steps=40, hella=False, config="total_batch_size = 4096\n"):
+def write_run(folder, steps=40, hella=False, norms=False, config="total_batch_size = 4096\n"):
     folder.mkdir(parents=True)
     lines = [f"{step} train {11 / (1 + step) + 3!r}" for step in range(steps)]
     lines += [f"{step} val {11 / (1 + step) + 3.1!r}" for step in range(0, steps + 1, 10)]
     lines += [f"{step} hella 0.26" for step in range(10, steps + 1, 10) if hella]
+    for i, group in enumerate(("embedding", "attention", "mlp", "norm") if norms else ()):
+        lines += [f"{step} norm_{group} {(1 + i) / (1 + step)!r}" for step in range(steps)]
+        lines += [f"{step} update_{group} {1e-4 * (1 + i)!r}" for step in range(steps)]
+    lines += [f"{step} norm {6 / (1 + step)!r}" for step in range(steps)]
     (folder / "log.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     if config:
         (folder / "config.toml").write_text(config, encoding="utf-8")
@@ -32,6 +39,49 @@ def write_run(folder, steps=40, hella=False, config="total_batch_size = 4096\n")
 def run_plot(*args, cwd):
     command = [sys.executable, str(SCRIPT), *args]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that were drawn, by the name of their file."""
+    drawn, picture = {}, plot.picture
+
+    @contextlib.contextmanager
+    def keep(out, *args):
+        with picture(out, *args) as (fig, axes):
+            drawn[out.name] = fig
+            yield fig, axes
+
+    monkeypatch.setattr(plot, "picture", keep)
+    return drawn
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """Watch while files grow, by (path, text) or None after each look -> the runs it drew."""
+
+    def run(folders, out, *events):
+        looks, events, draw = [[]], list(events), plot.draw
+
+        def sleep(seconds):
+            if not events:
+                raise KeyboardInterrupt
+            looks.append([])
+            if event := events.pop(0):
+                path, text = event
+                path.write_text(path.read_text() + text)
+
+        def note(runs, out):
+            looks[-1] += [run.name for run in runs]
+            return draw(runs, out)
+
+        monkeypatch.setattr(plot, "draw", note)
+        monkeypatch.setattr(plot, "time", SimpleNamespace(sleep=sleep))
+        with pytest.raises(KeyboardInterrupt):
+            plot.watch(folders, out)
+        return looks
+
+    return run
 
 
 def size_of_png(path):
@@ -116,6 +166,9 @@ def test_loss_axis_leaves_out_the_first_fall_of_a_long_run_only():
         return plot.Run("a", {"train": (np.arange(steps), values)}, 0, False)
 
     assert plot.loss_range([one(10_000)])[1] < 3.1
+    assert plot.loss_range([one(10_000), one(2000)])[1] < 3.1
+    high = plot.Run("b", {"train": (np.arange(50), np.full(50, 5.0))}, 0, False)
+    assert 5 < plot.loss_range([one(10_000), high])[1] < 5.5
     assert plot.loss_range([one(500)])[1] > 11
 
 
@@ -146,6 +199,135 @@ def test_legend_tells_last_values_and_compares_only_what_can_be_compared(tmp_pat
     _, shown = labels(hella=True, config='data_dir = "python_docs"\n')
     assert shown[0].endswith("HellaSwag 0.2600")
     assert shown[1:] == ["GPT-2 (124M): HellaSwag 0.2955", "GPT-3 (124M): HellaSwag 0.337"]
+
+
+# ---------------------------------------------------------------- norms by group
+
+
+def test_norms_get_a_picture_of_their_own_where_a_run_has_them(tmp_path, figures):
+    plain = plot.read_run(write_run(tmp_path / "plain"))
+    full = plot.read_run(write_run(tmp_path / "full", norms=True))
+    assert plot.draw([plain], tmp_path / "a.png") == f"wrote {tmp_path / 'a.png'}"
+    said = plot.draw([plain, full], tmp_path / "b.png")
+    assert said == f"wrote {tmp_path / 'b.png'} and {tmp_path / 'b_norms.png'}"
+    assert figures.keys() == {"a.png", "b.png", "b_norms.png"}
+    assert size_of_png(tmp_path / "b_norms.png")[0] == 1500
+
+
+def test_norms_are_drawn_as_logged_and_in_the_colours_of_the_legend(tmp_path, figures):
+    run = plot.read_run(write_run(tmp_path / "a", norms=True))
+    plot.draw([run], tmp_path / "a.png")
+    left, right = figures["a_norms.png"].axes
+    color_of = {
+        text.get_text(): line.get_color()
+        for legend in figures["a_norms.png"].legends
+        for text, line in zip(legend.get_texts(), legend.get_lines(), strict=True)
+    }
+    assert len(set(color_of.values())) == 5
+    for ax, kind in ((left, "norm"), (right, "update")):
+        assert ax.get_yscale() == "log" and ax.get_xlabel() == "training tokens"
+        drawn = {line.get_color(): line.get_data() for line in ax.lines}
+        streams = {f"{group} weights": f"{kind}_{group}" for group in plot.GROUPS}
+        if kind == "norm":
+            streams["whole gradient"] = "norm"
+        assert len(drawn) == len(streams)
+        for label, stream in streams.items():
+            steps, values = run.streams[stream]
+            x, y = drawn[color_of[label]]
+            assert np.array_equal(x, steps * 4096) and np.allclose(y, values)
+            assert ax.get_ylim()[0] < values.min() and values.max() < ax.get_ylim()[1]
+
+
+def test_norms_of_at_most_four_runs_are_drawn_and_the_picture_says_so(tmp_path, figures):
+    runs = [plot.read_run(write_run(tmp_path / f"run{i}", norms=True)) for i in range(5)]
+    plot.draw(runs, tmp_path / "all.png")
+    fig = figures["all_norms.png"]
+    assert [ax.get_title() for ax in fig.axes[::2]] == ["run0", "run1", "run2", "run3"]
+    assert fig.legends[0].get_title().get_text() == "the first 4 of 5 runs"
+
+
+def test_norms_that_are_not_above_zero_or_not_finite_are_gaps(tmp_path, figures):
+    folder = Path(write_run(tmp_path / "a", norms=True))
+    with open(folder / "log.txt", "a", encoding="utf-8") as log:
+        log.write("3 norm_mlp inf\n4 norm_mlp nan\n5 norm_mlp 0.0\n")
+        log.writelines(f"{step} update_norm 0.0\n" for step in range(40))
+    plot.draw([plot.read_run(folder)], tmp_path / "a.png")
+    [mlp] = [x for x in figures["a_norms.png"].axes[0].lines if x.get_color() == plot.GROUPS["mlp"]]
+    assert np.flatnonzero(np.isnan(mlp.get_ydata())).tolist() == [3, 4, 5]
+
+
+def test_first_updates_of_a_warm_up_do_not_flatten_the_rest():
+    values = np.full(10_000, 1e-3)
+    values[:20] = 1e-9
+    run = plot.Run("a", {"update_mlp": (np.arange(10_000), values)}, 0, False)
+    low, high = plot.norm_range([run], {"update_mlp": "black"})
+    assert 5e-4 < low < 1e-3 < high < 2e-3
+
+
+# ---------------------------------------------------------------- files and watching
+
+
+def test_picture_is_whole_or_as_before(tmp_path, monkeypatch):
+    run, out = plot.read_run(write_run(tmp_path / "a")), tmp_path / "a.png"
+    plot.draw([run], out)
+    before = out.read_bytes()
+    from matplotlib.figure import Figure
+
+    def torn(self, path, **settings):
+        Path(path).write_bytes(before[:1000])
+        assert out.read_bytes() == before
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Figure, "savefig", torn)
+    with pytest.raises(KeyboardInterrupt):
+        plot.draw([run], out)
+    assert out.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.png"]
+
+
+def test_watch_waits_for_a_loss_and_draws_again_when_a_log_grows(tmp_path, watch, capsys):
+    log, out = tmp_path / "young" / "log.txt", tmp_path / "out.png"
+    log.parent.mkdir()
+    log.touch()
+    looks = watch(
+        [log.parent],
+        out,
+        None,
+        (log, "0 lr 0.1\n0 tra"),
+        (log, "in 9.0\n"),
+        None,
+        (log, "1 val 8\n"),
+    )
+    assert looks == [[], [], [], ["young"], [], ["young"]]
+    assert size_of_png(out)[0] == 7 * 150
+    said = ["no loss yet: waiting", f"wrote {out}, again when a log grows"]
+    assert capsys.readouterr().out.splitlines() == said
+
+
+def test_watch_leaves_out_a_run_until_it_has_a_loss(tmp_path, watch):
+    done, log = write_run(tmp_path / "done"), tmp_path / "young" / "log.txt"
+    log.parent.mkdir()
+    log.touch()
+    looks = watch([done, log.parent], tmp_path / "out.png", None, (log, "0 train 9.0\n"))
+    assert looks == [["done"], [], ["done", "young"]]
+
+
+def test_watching_a_folder_that_holds_no_run_is_a_mistake(tmp_path):
+    done = run_plot("nowhere", "--watch", cwd=tmp_path)
+    assert done.returncode == 2 and "nowhere" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGINT for one process")
+def test_watch_ends_on_ctrl_c(tmp_path):
+    write_run(tmp_path / "a", norms=True)
+    command = [sys.executable, str(SCRIPT), "a", "--out=a.png", "--watch"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, **pipes) as process:
+        assert process.stdout.readline() == "wrote a.png and a_norms.png, again when a log grows\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "interrupted\n")
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["a", "a.png", "a_norms.png"]
 
 
 # ---------------------------------------------------------------- command

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import hardware
 import hellaswag
 import train_gpt2
 from fineweb import UserError, to_toml
@@ -247,6 +248,104 @@ def test_evaluation_scores_hellaswag_and_samples(tiny_run, train, capsys):
     assert told.count("  > Hello,") == 2
 
 
+def test_eval_only_prints_what_the_trainings_evaluation_did_and_writes_nothing(
+    tiny_run, run_cli, write_toml, tmp_path
+):
+    tasks = ROOT / "tests" / "data" / "hellaswag_own.jsonl"
+    cfg = replace(tiny_run, n_embd=8, vocab_size=50304, block_size=64, total_batch_size=256)
+    cfg = replace(cfg, max_steps=1, eval_interval=1, sample_prompt="Hello,")
+    cfg = replace(cfg, hellaswag_examples=8, hellaswag_path=str(tasks))
+    trained = run_cli("train_gpt2.py", write_toml(cfg)).stdout.splitlines()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    keys = f"--init_from={cfg.log_dir}/run/best.pt", "--eval_only=True", "--eval_interval=0"
+    done = run_cli("train_gpt2.py", "x.toml", *keys, "--micro_batch_size=2")
+    assert (done.returncode, done.stderr) == (0, "")
+    told = done.stdout.replace("step     0", "step     1").splitlines()
+    assert [line for line in told if line.startswith("step")] == [
+        line for line in trained if line.startswith("step     1 |") and "lr" not in line
+    ]
+    assert len(told) == 4 and all(line.startswith("  > Hello,") for line in told[2:])
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+# ---------------------------------------------------------------- where else a run is logged
+
+
+def test_trackers_get_what_log_txt_gets_and_samples(tiny_run, train, monkeypatch):
+    class Recorder:
+        def __init__(self):
+            self.streams, self.texts, self.closed = {}, [], False
+
+        def log(self, step, values):
+            for stream, value in values.items():
+                self.streams.setdefault(stream, {})[step] = value
+
+        def text(self, step, name, text):
+            self.texts.append((step, name, text))
+
+        def close(self):
+            self.closed = True
+
+    made, opened = Recorder(), []
+    monkeypatch.setattr(
+        train_gpt2.trackers, "open_trackers", lambda *args: opened.append(args) or [made]
+    )
+    cfg = replace(tiny_run, vocab_size=50304, n_embd=8, sample_prompt="Hello", eval_interval=4)
+    folder, log = train(cfg)
+    assert made.streams == log and made.closed
+    assert [(step, name) for step, name, _ in made.texts] == [
+        (step, f"sample_{i}") for step in (4, 8) for i in range(2)
+    ]
+    assert all(text.startswith("Hello") for *_, text in made.texts)
+    train(replace(cfg, resume=True, max_steps=10))
+    assert [(str(args[1]), args[2]) for args in opened] == [(str(folder), 0), (str(folder), 8)]
+
+
+def test_missing_tracker_is_one_error_before_anything_is_written(tiny_run, write_toml, monkeypatch):
+    monkeypatch.chdir(Path(tiny_run.data_dir).parent)
+    write_toml(tiny_run)
+    monkeypatch.setattr(train_gpt2.trackers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["train_gpt2.py", "x.toml", "--wandb_project=p"])
+    with pytest.raises(UserError, match="wandb is missing: pip install wandb"):
+        train_gpt2.main()
+    assert not Path(tiny_run.log_dir).exists()
+
+
+NORMS = [f"{what}_{kind}" for what in ("norm", "update")
+         for kind in ("embedding", "attention", "mlp", "norm")]  # fmt: skip
+
+
+@pytest.mark.parametrize("keys", [{}, {"pos_embedding": "rope", "tie_embeddings": False}])
+def test_norms_of_the_kinds_of_layers_make_up_the_gradient_norm(tiny_run, train, keys):
+    _, plain = train(replace(tiny_run, run_name="plain", **keys))
+    _, log = train(replace(tiny_run, log_norms=True, grad_clip=0.1, **keys))
+    assert log.keys() == {*plain, *NORMS}
+    for step, norm in log["norm"].items():
+        squares = sum(log[name][step] ** 2 for name in NORMS[:4])
+        assert math.sqrt(squares) == pytest.approx(norm, rel=1e-5)
+
+
+def test_looking_at_norms_changes_no_number_of_the_training(tiny_run, train):
+    runs = [
+        without_speed(train(replace(tiny_run, run_name=name, log_norms=on))[1])
+        for name, on in (("off", False), ("on", True))
+    ]
+    assert {key: runs[1][key] for key in runs[0]} == runs[0]
+
+
+def test_update_is_the_change_of_the_weights_over_the_weights(tiny_run, train):
+    cfg = replace(tiny_run, max_steps=1, log_norms=True)
+    folder, log = train(cfg)
+    after = load_model(folder / "step_000001.pt").state_dict()
+    torch.manual_seed(cfg.seed)
+    before = GPT(cfg).state_dict()
+    for kind, part in (("attention", ".attn."), ("mlp", ".mlp."), ("norm", ".ln_")):
+        names = [name for name in before if part in name]
+        moved = sum(((after[name] - before[name]) ** 2).sum() for name in names)
+        size = sum((before[name] ** 2).sum() for name in names)
+        assert log[f"update_{kind}"][0] == pytest.approx(math.sqrt(moved / size), rel=1e-4)
+
+
 # ---------------------------------------------------------------- stop and resume
 
 
@@ -426,7 +525,7 @@ def fit(monkeypatch, tiny, runtime, capsys):
     """
 
     def run(room, world=1, least=None, **keys):
-        def forward(self, idx, targets=None, cache=None):
+        def forward(self, idx, targets=None):
             tried.append(idx.size(0))
             if idx.size(0) > room:
                 raise torch.OutOfMemoryError("out of memory")
@@ -507,8 +606,7 @@ def test_precision_and_compiler_follow_the_compute_capability(
     monkeypatch, runtime, capsys, capability, dtype
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    runtime.device = torch.device("cuda")
-    assert runtime.best_dtype() == getattr(torch, dtype)
+    assert hardware.best_dtype(torch.device("cuda"), runtime.print) == getattr(torch, dtype)
     assert ("no bfloat16" in capsys.readouterr().out) == (dtype == "float16")
 
 
