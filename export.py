@@ -167,10 +167,10 @@ def new_folder(path):
 
 def export(name, out_dir):
     """Write the model as the folder `out_dir`, whole or not at all."""
+    model = load_model(name)
+    model_type = find_kind(model.cfg)
+    kind = KINDS[model_type]
     with new_folder(out_dir) as folder:
-        model = load_model(name)
-        model_type = find_kind(model.cfg)
-        kind = KINDS[model_type]
         weights = tensors(model, kind)
         check_disk(out_dir, sum(p.nbytes for p in weights.values()))
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -74,26 +74,68 @@ def peak_flops(device, dtype):
     return next((peak for part, peak in PEAK_FLOPS.items() if words.issuperset(part.split())), 0.0)
 
 
+def fit_micro_batch(model, B, block_size, runtime):
+    """B halved until a forward and backward pass of so many sequences fits on every rank."""
+    if runtime.device.type == "cpu":
+        return B  # short of memory, Linux kills the process: nothing could be caught
+
+    def fits():
+        try:
+            idx = torch.zeros(B, block_size + 1, dtype=torch.long, device=runtime.device)
+            with runtime.autocast():
+                loss = model(idx[:, :-1], idx[:, 1:])
+            loss.backward()
+            return 1.0
+        except torch.OutOfMemoryError:
+            return 0.0
+
+    moments = [torch.empty_like(p) for p in model.parameters() for _ in "mv"]  # AdamW's, to come
+    while runtime.sum(torch.tensor(fits())).item() < runtime.world:
+        if B == 1:
+            raise UserError("memory is short for even one sequence: lower block_size or the model")
+        B //= 2
+        model.zero_grad(set_to_none=True)
+        runtime.forget_memory()
+    model.zero_grad(set_to_none=True)
+    del moments
+    runtime.forget_memory()
+    runtime.print(f"micro_batch_size={B}: it fits, divides a step, and is at most 64")
+    return B
+
+
 def versions():
     """{package: its version} of those that are installed."""
     return {name: version(name) for name in PACKAGES if importlib.util.find_spec(name)}
 
 
-def describe(model, folder, runtime):
-    """Say what else decides how a run goes: versions, the kind of attention, room on the disk."""
-    cfg, found = model.cfg, [f"{package} {number}" for package, number in versions().items()]
-    runtime.print(f"with   Python {platform.python_version()}, {', '.join(found)}")
+def choose_attention(name):
+    """Leave scaled_dot_product_attention one kernel, and the plain one for what that cannot do."""
+    kernels = {"flash": "flash", "cudnn": "cudnn", "efficient": "mem_efficient"}
+    for kernel, its in kernels.items():
+        getattr(torch.backends.cuda, f"enable_{its}_sdp")(name in ("auto", kernel))
+
+
+def attention_kernel(cfg, runtime):
+    """The name of the kernel that training takes, such as `flash attention`."""
+    choose = getattr(torch, "_fused_sdp_choice", None)  # private, in 2.11 to 2.13
+    if not choose:
+        return f"attention={cfg.attention}"
     shape = (1, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
     q = torch.zeros(shape, dtype=runtime.dtype, device=runtime.device)
-    if choose := getattr(torch, "_fused_sdp_choice", None):  # private, in 2.11 to 2.13
-        backend = torch.nn.attention.SDPBackend(choose(q, q, q, is_causal=True)).name
-        runtime.print(f"by     {backend.lower().replace('_', ' ')}")
+    kernel = torch.nn.attention.SDPBackend(choose(q, q, q, is_causal=True)).name
+    return kernel.lower().replace("_", " ")
+
+
+def describe(model, folder, runtime):
+    """Say what else decides how a run goes: versions, and room on the disk."""
+    cfg, found = model.cfg, [f"{package} {number}" for package, number in versions().items()]
+    runtime.print(f"with   Python {platform.python_version()}, {', '.join(found)}")
     size = 3 * sum(p.nbytes for p in model.parameters()) * (cfg.keep_checkpoints + 1)
     fineweb.check_disk(folder, size)
     runtime.print(f"disk   has room for {size / 2**30:.1f} GiB of checkpoints\nready to train")
 
 
-# ---------------------------------------------------------------- torchrun's restarts
+# ---------------------------------------------------------------- runs' names, torchrun's restarts
 
 RESTARTS = "torchrun.txt"  # in a run's folder: the torchrun that may restart it
 
@@ -112,3 +154,21 @@ def restarted(folder):
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     mark = folder / RESTARTS
     return again and mark.exists() and mark.read_text() == os.environ["TORCHELASTIC_RUN_ID"]
+
+
+def choose_run_name(cfg, default):
+    """run_name, or the first free of default, default-2, ... (with resume: the last taken)."""
+
+    def taken(name):
+        return (Path(cfg.log_dir) / name / "log.txt").exists()
+
+    if not cfg.run_name and may_restart():
+        raise UserError("--max-restarts needs a --run_name, by which a restart finds its run")
+    if cfg.run_name:
+        if taken(cfg.run_name) and not cfg.resume:
+            there = f"{cfg.log_dir}/{cfg.run_name}"
+            raise UserError(f"{there}/ holds a run: add --resume=True, or take another --run_name")
+        return cfg.run_name
+    names = [default, *(f"{default}-{i}" for i in range(2, 10_000))]
+    free = next(i for i, name in enumerate(names) if not taken(name))
+    return names[max(0, free - 1) if cfg.resume else free]

@@ -8,16 +8,17 @@ Completion style, as in build-nanogpt: the context, a space, an ending. acc take
 the largest sum of token log-probabilities, acc_norm the one with the largest mean a token: of GPT-2
 (124M) they are 0.2859 and 0.2955 (build-nanogpt). acc_norm_chars divides by the ending's characters
 instead, as EleutherAI's harness does in what it calls acc_norm; that also cleans the texts, and has
-0.2892 and 0.3114. Chance is 0.25, and one standard error over all 10,042 tasks is 0.0045.
+0.2892 and 0.3114. Chance is 0.25, and one standard error over all 10,042 tasks is 0.0046.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -152,7 +153,6 @@ def predictions(model, tasks, device="cpu", rank=0, world=1, batch_tokens=0):
 
     cuda = torch.device(device).type == "cuda"
     batch_tokens = batch_tokens or (32_768 if cuda else 1024)
-    rows = 1024 if cuda else 64  # of logits at a time, 50,304 wide: a processor's cache holds these
     # Of like length, so little is padding; longest first, so that lack of memory shows at once.
     packed = {i: pack(task, model.cfg.block_size) for i, task in enumerate(tasks)}
     order, batches = sorted(packed, key=lambda i: -len(packed[i].tokens)), []
@@ -161,14 +161,21 @@ def predictions(model, tasks, device="cpu", rank=0, world=1, batch_tokens=0):
         batches, order = [*batches, order[:count]], order[count:]
     batches = batches[rank::world]
     for batch in tqdm(batches, "HellaSwag", delay=5, mininterval=1, leave=False, disable=rank != 0):
-        inputs, row, column, targets, ending = collate([packed[i] for i in batch], device)
-        x = model.features(*inputs)[row, column]  # (n, C), only where an ending's token is next
-        parts = zip(x.split(rows), targets.split(rows), strict=True)
-        nll = [F.cross_entropy(model.text_logits(x).float(), t, reduction="none") for x, t in parts]
-        total = torch.zeros(4 * len(batch), dtype=torch.float64, device=device)
-        total.index_add_(0, ending, torch.cat(nll).double())
+        nll, tokens = surprise(model, [packed[i] for i in batch], device)
         characters = torch.tensor([tasks[i].characters for i in batch], device=device).flatten()
-        yield from zip(batch, pick(total, ending.bincount(), characters), strict=True)
+        yield from zip(batch, pick(nll, tokens, characters), strict=True)
+
+
+def surprise(model, packed, device="cpu"):
+    """Of each packed task's four endings: minus the log-probability, float64, and the tokens."""
+    inputs, row, column, targets, ending = collate(packed, device)
+    x = model.features(*inputs)[row, column]  # (n, C), only where an ending's token is next
+    # 50,304 logits a row: so many rows at a time as a processor's cache holds
+    rows = 1024 if x.is_cuda else 64
+    parts = zip(x.split(rows), targets.split(rows), strict=True)
+    nll = [F.cross_entropy(model.text_logits(x).float(), t, reduction="none") for x, t in parts]
+    total = torch.zeros(4 * len(packed), dtype=torch.float64, device=device)
+    return total.index_add_(0, ending, torch.cat(nll).double()), ending.bincount()
 
 
 METRICS = ("acc", "acc_norm", "acc_norm_chars")
@@ -260,29 +267,37 @@ class Options:
     examples: int = 0  # score this many tasks, spread evenly over the file; 0: all
     data: str = ""  # a .jsonl file of tasks; empty: the original, fetched once (12 MB)
     json: str = ""  # also write the scores to this file
-    device: str = "auto"  # auto, cuda, mps or cpu
+    device: str = "auto"  # auto | cuda | mps | cpu
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of matrix products
 
 
 def main():
     options = command_line(Options, __doc__)
     from sample import load_text_model  # here, as train_gpt2 imports this file
-    from train_gpt2 import Runtime
+    from train_gpt2 import Runtime, evaluating
 
-    tasks = load(options.data, options.examples)
-    runtime = Runtime(device=options.device, dtype="auto")
-    model = load_text_model(options.model, runtime.device)
-    begin = time.perf_counter()
-    with torch.no_grad(), runtime.autocast():
-        scores = score(model, tasks, runtime)
-    seconds = time.perf_counter() - begin
-    print(f"HellaSwag, {len(tasks):,} tasks in {seconds:.0f} s (chance is 0.25)")
+    if options.examples < 0:
+        raise UserError(f"--examples={options.examples} is not possible: 0 scores all tasks")
+    with contextlib.closing(Runtime(options.device, options.dtype)) as runtime:
+        path = runtime.agree(lambda: find(options.data))  # one rank downloads
+        tasks = load(path, options.examples)
+        model = load_text_model(options.model, runtime.device)
+        begin = time.perf_counter()
+        with evaluating(model, runtime):
+            scores = score(model, tasks, runtime)
+        if runtime.rank == 0:
+            report(scores, time.perf_counter() - begin, options)
+
+
+def report(scores, seconds, options):
+    print(f"HellaSwag, {scores['tasks']:,} tasks in {seconds:.0f} s (chance is 0.25)")
     by = ("likeliest ending", "by the mean a token, as peers quote", "by the mean a character")
     for name, what in zip(METRICS, by, strict=True):
         print(f"{name:15} {scores[name]:.4f} +- {scores[name + '_stderr']:.4f}  {what}")
     print("GPT-2 (124M) has acc_norm 0.2955 over all 10,042 tasks (build-nanogpt)")
     if options.json:
-        scores = {"model": options.model, "data": options.data or CACHE.name} | scores
-        write_json(options.json, scores)
+        named = {"model": options.model, "data": options.data or CACHE.name}
+        write_json(options.json, named | scores)
 
 
 if __name__ == "__main__":

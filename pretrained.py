@@ -105,6 +105,7 @@ def gpt2_computed(sizes):
         "layer_norm_epsilon": 1e-5,
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
+        "n_inner": 4 * sizes["n_embd"],
     }
 
 
@@ -226,5 +227,6 @@ def files(name):
         paths = [hf_hub_download(repository, file) for file in (config, weights)]
     except Exception as error:  # the hub's, the network's, the disk's: all mean the same here
         why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{name} could not be downloaded: {why[:160]}") from None
+        remedy = "check the name and the network, or name a folder"
+        raise UserError(f"{name} could not be downloaded: {remedy}\n       {why[:160]}") from None
     return Path(paths[0]), [Path(paths[1])]

@@ -10,7 +10,7 @@ max_new_tokens. Of a long prompt it reads the last block_size tokens.
 """
 
 import codecs
-import math
+import os
 import sys
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
@@ -42,26 +42,18 @@ class Options:
     seed: int = 1337  # the same seed gives the same text; interactive adds 1 for each prompt
     interactive: bool = False  # read prompts from the terminal until an empty one
     device: str = "auto"  # auto | cuda | mps | cpu
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of matrix products
 
 
 def sampling(options):
     """The preset with the fields that the options set themselves; impossible values are refused."""
-    preset = PRESETS[options.preset]
-    own = {key: getattr(options, key) for key in asdict(preset)}
-    how = replace(preset, **{key: value for key, value in own.items() if value is not None})
-    rules = {  # field: whether its value is right, what it must be
-        "temperature": (0 <= how.temperature < math.inf, "0 or more; 0 is greedy"),
-        "top_k": (how.top_k >= 0, "0 or more; 0 draws from all tokens"),
-        "top_p": (0 < how.top_p <= 1, "above 0 and at most 1; 1 draws from all tokens"),
-        "repetition_penalty": (0 < how.repetition_penalty < math.inf, "above 0; 1 is off"),
-        "max_new_tokens": (options.max_new_tokens >= 1, "1 or more"),
-        "num_samples": (options.num_samples >= 1, "1 or more"),
-        "seed": (0 <= options.seed < 2**63, "0 or more, below 2**63"),
-    }
-    for key, (right, expected) in rules.items():
-        if not right:
-            raise UserError(f"{key}={getattr(options, key)} is not possible: it must be {expected}")
-    return how
+    for key, least in (("max_new_tokens", 1), ("num_samples", 1), ("seed", 0)):
+        value = getattr(options, key)
+        if not least <= value < 2**63:
+            raise UserError(f"{key}={value} is not possible: it must be {least} or more")
+    own = {key: getattr(options, key) for key in asdict(PRESETS["greedy"])}
+    own = {key: value for key, value in own.items() if value is not None}
+    return replace(PRESETS[options.preset], **own)
 
 
 def load_text_model(name, device="cpu"):
@@ -148,9 +140,11 @@ def main():
     flags = ["--interactive=True" if flag == "--interactive" else flag for flag in sys.argv[1:]]
     options = command_line(Options, __doc__, flags)
     how = sampling(options)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("sample.py writes one text: start it without torchrun")
     if options.interactive and options.prompt:
         raise UserError("--interactive asks for prompts: leave --prompt out")
-    runtime = Runtime(options.device)
+    runtime = Runtime(options.device, options.dtype)
     model = load_text_model(options.model, runtime.device)
     prompts = iter(typed_prompt, "") if options.interactive else [options.prompt]
     with torch.no_grad(), runtime.autocast():

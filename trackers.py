@@ -143,7 +143,9 @@ class Norms:
         self.groups, self.values = {kind: [] for kind in (*KINDS, "norm")}, {}
         for name, p in model.named_parameters():
             kinds = [kind for kind, parts in KINDS.items() if any(part in name for part in parts)]
-            self.groups[kinds[0] if kinds else "norm"].append(p)
+            if p.requires_grad:
+                self.groups[kinds[0] if kinds else "norm"].append(p)
+        self.groups = {kind: group for kind, group in self.groups.items() if group}
 
     def before(self):
         self.gradients = [norm(p.grad for p in group) for group in self.groups.values()]

@@ -38,6 +38,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import fineweb
 import hardware
@@ -45,7 +46,7 @@ import hellaswag
 import pretrained
 import trackers
 from fineweb import END_OF_TEXT, UserError, command_line, replacing, run
-from hardware import best_dtype, compile_obstacle, find_device, may_restart, peak_flops
+from hardware import best_dtype, choose_run_name, compile_obstacle, find_device, peak_flops
 
 # ---------------------------------------------------------------- configuration
 
@@ -106,6 +107,9 @@ class Config:
     # system
     device: str = "auto"  # auto | cuda | mps | cpu
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of matrix products
+    attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"  # SDPA's kernel
+    gradient_checkpointing: bool = False  # keep no activations inside blocks: less memory, slower
+    loss_chunks: int = 1  # parts whose logits are made one at a time; more take less memory
     compile_model: bool = True  # torch.compile: minutes at the start, then about twice the speed
     rank_timeout: int = 600  # seconds that a rank waits for the others before the run ends
 
@@ -116,7 +120,7 @@ ARCHITECTURE = [
     "norm", "bias", "qkv_bias", "tie_embeddings", "qk_norm", "logit_softcap",
 ]  # fmt: skip
 AT_LEAST_ONE = ["n_layer", "n_head", "n_embd", "block_size", "vocab_size", "total_batch_size",
-    "eval_tokens", "log_interval", "keep_checkpoints", "rank_timeout"]  # fmt: skip
+    "eval_tokens", "loss_chunks", "log_interval", "keep_checkpoints", "rank_timeout"]  # fmt: skip
 VOCABULARY = END_OF_TEXT + 1  # ids from here up only pad the matrices
 MAX_SKIPPED = 10  # non-finite steps in a row that end a run
 
@@ -420,8 +424,12 @@ class GPT(nn.Module):
         if cache is not None:
             cache.position, cache.keys = position, mask.size(-1)
         x = self.transformer.drop(x)
+        recompute = self.cfg.gradient_checkpointing and self.training
         for block in self.transformer.h:
-            x = block(x, rope, mask, cache)
+            if recompute:
+                x = checkpoint(block, x, rope, use_reentrant=False)
+            else:
+                x = block(x, rope, mask, cache)
         return self.transformer.ln_f(x)
 
     def logits(self, x):
@@ -437,10 +445,18 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         """idx (B, T) -> logits (B, T, vocab_size); with targets (B, T), the mean loss in nats."""
-        logits = self.logits(self.features(idx))
+        x, chunks = self.features(idx), self.cfg.loss_chunks
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            return self.logits(x)
+        if chunks == 1:
+            return self.loss(x.flatten(0, 1), targets.flatten())
+        parts = zip(x.flatten(0, 1).chunk(chunks), targets.flatten().chunk(chunks), strict=True)
+        losses = [checkpoint(self.loss, *part, "sum", use_reentrant=False) for part in parts]
+        return sum(losses) / targets.numel()
+
+    def loss(self, x, targets, reduction="mean"):
+        """Features (n, C), targets (n,) -> their loss in nats; float32 from the logits on."""
+        return F.cross_entropy(self.logits(x).float(), targets, reduction=reduction)
 
     def generate(self, prompt, max_new_tokens=64, seed=1337, **how):
         """The text that follows a prompt; `how` as in Sampling, such as temperature=0."""
@@ -511,6 +527,18 @@ class Sampling:
     top_p: float = 1.0  # draw from the fewest tokens whose probabilities reach p; 1 = all
     repetition_penalty: float = 1.0  # above 1 seen tokens get less likely (CTRL, arXiv 1909.05858)
 
+    def __post_init__(self):
+        rules = {  # field: whether a value is right, what it must be
+            "temperature": (lambda x: 0 <= x < math.inf, "0 or more; 0 is greedy"),
+            "top_k": (lambda x: x >= 0, "0 or more; 0 draws from all tokens"),
+            "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1; 1 draws from all tokens"),
+            "repetition_penalty": (lambda x: 0.01 <= x < math.inf, "0.01 or more; 1 is off"),
+        }
+        for key, value in asdict(self).items():
+            right, expected = rules[key]
+            if not right(value):
+                raise UserError(f"{key}={value} is not possible: it must be {expected}")
+
 
 def sample_token(logits, seen, how, generator):
     """logits (B, V) and the ids seen so far (B, T) -> one id a row (B, 1)."""
@@ -519,13 +547,18 @@ def sample_token(logits, seen, how, generator):
         score, penalty = logits.gather(1, seen), how.repetition_penalty
         less = torch.where(score < 0, score * penalty, score / penalty)
         logits = logits.scatter(1, seen, less)
-    if how.temperature == 0:
+    if how.temperature < 1e-6:  # what divides by less has no numbers
         return logits.argmax(-1, keepdim=True)
     logits, most = logits / how.temperature, logits.size(-1)
     if not how.top_k and how.top_p == 1.0:
         return torch.multinomial(logits.softmax(-1), 1, generator=generator)
-    logits, ids = logits.topk(min(how.top_k or most, most))  # the likeliest first
-    probs = logits.softmax(-1)
+    few = 1024 if how.top_p < 1.0 else most  # to sort all of them takes longer than the model
+    top = logits.softmax(-1).topk(min(how.top_k or few, most))
+    if not how.top_k and top.values.sum(-1).min() < how.top_p:
+        top = logits.softmax(-1).sort(descending=True)
+    probs, ids = top.values, top.indices  # the likeliest first
+    if how.top_k:
+        probs = probs / probs.sum(-1, keepdim=True)
     probs = probs.masked_fill(probs.cumsum(-1) - probs >= how.top_p, 0.0)
     return ids.gather(1, torch.multinomial(probs, 1, generator=generator))
 
@@ -728,6 +761,12 @@ def evaluating(model, runtime):
     model.train()
 
 
+def validation_windows(cfg, shards):
+    if (n := min(cfg.eval_tokens, len(shards) - 1)) < cfg.block_size:
+        raise UserError(f"{n} validation tokens are less than one block_size: see eval_tokens")
+    return n // cfg.block_size
+
+
 def evaluate_loss(model, shards, cfg, runtime, rows):
     """Mean loss (nats a token) over the first eval_tokens of the validation split, on all ranks.
 
@@ -735,7 +774,7 @@ def evaluate_loss(model, shards, cfg, runtime, rows):
     """
     from tqdm import tqdm
 
-    n = min(cfg.eval_tokens, len(shards) - 1) // cfg.block_size
+    n = validation_windows(cfg, shards)
     starts = range(0, n * cfg.block_size, cfg.block_size)[runtime.rank :: runtime.world]
     parts = [starts[i : i + rows] for i in range(0, len(starts), rows)]
     total = torch.zeros(1, dtype=torch.float64)
@@ -818,24 +857,6 @@ def resume(folder, state, runtime):
 
 
 # ---------------------------------------------------------------- the run's folder
-
-
-def choose_run_name(cfg, default):
-    """run_name, or the first free of default, default-2, ... (with resume: the last taken)."""
-
-    def taken(name):
-        return (Path(cfg.log_dir) / name / "log.txt").exists()
-
-    if not cfg.run_name and may_restart():
-        raise UserError("--max-restarts needs a --run_name, by which a restart finds its run")
-    if cfg.run_name:
-        if taken(cfg.run_name) and not cfg.resume:
-            there = f"{cfg.log_dir}/{cfg.run_name}"
-            raise UserError(f"{there}/ holds a run: add --resume=True, or take another --run_name")
-        return cfg.run_name
-    names = [default, *(f"{default}-{i}" for i in range(2, 10_000))]
-    free = next(i for i, name in enumerate(names) if not taken(name))
-    return names[max(0, free - 1) if cfg.resume else free]
 
 
 class RunLog:
@@ -935,38 +956,16 @@ def due(step, interval, last):
 # ---------------------------------------------------------------- training
 
 
-def fit_micro_batch(model, cfg, runtime):
-    """B: the most sequences, a power of two, whose forward and backward pass fits on every rank."""
-    cpu, step = runtime.device.type == "cpu", cfg.block_size * runtime.world
-    if not cfg.grad_accum_steps and cfg.total_batch_size % step:
-        batch_layout(cfg, runtime.world, 4 if cpu else 16)  # a UserError: it cannot be divided
-    share = 64 if cfg.grad_accum_steps else cfg.total_batch_size // step
-    B = max(1, min(64, share & -share))  # has to divide a rank's share of the optimizer step
-    if cpu:
-        return min(B, 4)  # short of memory, Linux kills the process: nothing could be caught
-
-    def fits():
-        try:
-            idx = torch.zeros(B, cfg.block_size + 1, dtype=torch.long, device=runtime.device)
-            with runtime.autocast():
-                loss = model(idx[:, :-1], idx[:, 1:])
-            loss.backward()
-            return 1.0
-        except torch.OutOfMemoryError:
-            return 0.0
-
-    moments = [torch.empty_like(p) for p in model.parameters() for _ in "mv"]  # AdamW's, to come
-    while runtime.sum(torch.tensor(fits())).item() < runtime.world:
-        if B == 1:
-            raise UserError("memory is short for even one sequence: lower block_size or the model")
-        B //= 2
-        model.zero_grad(set_to_none=True)
-        runtime.forget_memory()
-    model.zero_grad(set_to_none=True)
-    del moments
-    runtime.forget_memory()
-    runtime.print(f"micro_batch_size={B}: it fits, divides a step, and is at most 64")
-    return B
+def largest_micro_batch(cfg, runtime):
+    """The largest power of two, up to 64, that divides a rank's share of the optimizer step."""
+    cpu, tokens = runtime.device.type == "cpu", cfg.block_size * runtime.world
+    most = 4 if cpu else 64  # short of memory, Linux kills the process: nothing could be caught
+    if cfg.grad_accum_steps:
+        return most
+    if cfg.total_batch_size % tokens:
+        batch_layout(cfg, runtime.world, min(most, 16))  # a UserError: it cannot be divided
+    share = cfg.total_batch_size // tokens
+    return min(most, share & -share)
 
 
 def train_step(model, state, batches, micro_steps, lr, runtime, stop=False, norms=None):
@@ -1060,6 +1059,7 @@ def initial_model(cfg):
 
 def set_up(cfg, runtime, shards):
     """What steps need: (TrainState, the model to call, Loader, micro-steps)."""
+    hardware.choose_attention(cfg.attention)
     model = initial_model(cfg).to(runtime.device)
     cfg = model.cfg
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
@@ -1067,7 +1067,9 @@ def set_up(cfg, runtime, shards):
     if cfg.resume:
         resume(Path(cfg.log_dir) / cfg.run_name, state, runtime)
     fast = runtime.compile(model) if cfg.compile_model else model
-    B = cfg.micro_batch_size or fit_micro_batch(fast, cfg, runtime)
+    B = cfg.micro_batch_size or hardware.fit_micro_batch(
+        fast, largest_micro_batch(cfg, runtime), cfg.block_size, runtime
+    )
     micro_steps, G = batch_layout(cfg, runtime.world, B)
     fast = runtime.parallel(fast, B, cfg.block_size)
     return state, fast, Loader(shards, cfg, runtime, B, G), micro_steps
@@ -1078,8 +1080,7 @@ def train(cfg, runtime, check=False):
     shards, val_shards = (TokenShards(cfg.data_dir, split) for split in ("train", "val"))
     state, fast, loader, micro_steps = set_up(cfg, runtime, shards)
     model, cfg, B = state.model, state.model.cfg, loader.B
-    if (n := min(cfg.eval_tokens, len(val_shards) - 1)) < loader.T:
-        raise UserError(f"{n} validation tokens are less than one block_size: see eval_tokens")
+    validation_windows(cfg, val_shards)
     for split in (shards, val_shards):  # another tokenizer's ids show before anything is written
         split.windows(np.linspace(0, len(split) - loader.T - 1, 64, dtype=int), cfg)
     folder = Path(cfg.log_dir) / cfg.run_name
@@ -1129,9 +1130,9 @@ def train(cfg, runtime, check=False):
 
 
 def evaluate_only(cfg, runtime):
+    val_shards, rows = TokenShards(cfg.data_dir, "val"), cfg.micro_batch_size or 4
     model = initial_model(cfg).to(runtime.device)
     log = RunLog(None, model, runtime, tokens=0, max_steps=0, start=0)
-    val_shards, rows = TokenShards(cfg.data_dir, "val"), cfg.micro_batch_size or 4
     evaluate(TrainState(model, None, None), val_shards, rows, log, runtime)
 
 
@@ -1141,7 +1142,8 @@ def introduce(model, loader, micro_steps, max_steps, runtime):
     name = torch.cuda.get_device_name() if runtime.device.type == "cuda" else runtime.device
     parameters = sum(p.numel() for p in model.parameters())
     runtime.print(
-        f"run    {Path(cfg.log_dir) / cfg.run_name}/ on {name}, {runtime.dtype}, ranks: {world}\n"
+        f"run    {Path(cfg.log_dir) / cfg.run_name}/ on {name}, {runtime.dtype}, ranks: {world}, "
+        f"{hardware.attention_kernel(cfg, runtime)}\n"
         f"model  {parameters:,} parameters, {model.flops_per_token() / 1e6:,.1f} MFLOP a token\n"
         f"data   {cfg.data_dir}/, {len(loader.shards):,} tokens, {loader.steps_per_epoch():,} "
         "steps an epoch\n"

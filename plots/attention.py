@@ -119,6 +119,10 @@ def draw_overview(weights):
 
 def main():
     options = command_line(Options, __doc__)
+    beside = Path(options.model).parent if options.model.endswith(".pt") else Path()
+    out = Path(options.out or beside / "attention.png")
+    if out.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--out={out} is no picture: its name should end in .png, .svg or .pdf")
     tokens = tokenizer().encode_ordinary(options.text)
     if not tokens:
         raise UserError('--text is empty: try --text="The cat sat on the mat."')
@@ -137,12 +141,10 @@ def main():
         fig = draw_layer(weights[options.layer], tokens[:most])
         title = f"Attention in layer {options.layer % layers} (of 0 to {layers - 1})"
     fig.suptitle(title, fontsize=11)
-    beside = Path(options.model).parent if options.model.endswith(".pt") else Path()
-    out = Path(options.out or beside / "attention.png")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         fig.savefig(out, dpi=150)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError(f"--out={out} cannot be written: {error}") from None
     print(f"wrote {out}")
 

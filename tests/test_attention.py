@@ -144,7 +144,10 @@ def test_text_that_looks_like_a_formula_is_drawn_as_text(command, tmp_path):
         (["--text=cat", "--layer=3"], "layers 0 to 2"),
         (["--text=cat", "--layer=-2"], "layers 0 to 2"),
         (["--text="], "text is empty"),
-        (["--text=cat", "--out=picture.doc"], r"picture\.doc cannot be written"),
+        (
+            ["--text=cat", "--out=picture.doc"],
+            r"picture\.doc is no picture: its name should end in",
+        ),
     ],
 )
 def test_mistakes_are_named(command, flags, message):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 import export
 import hellaswag
@@ -264,7 +263,9 @@ def test_names_are_fetched_from_the_hub(shared_folder, monkeypatch, name, reposi
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", serve)
     assert GPT.from_pretrained(name).cfg.n_embd == 8
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    with pytest.raises(UserError, match=f"{name} could not be downloaded: TimeoutError"):
+    with pytest.raises(
+        UserError, match=f"{name} could not be downloaded: check .*\n *TimeoutError"
+    ):
         GPT.from_pretrained(name)
 
 
@@ -301,26 +302,15 @@ def test_the_harness_computes_the_same_likelihoods(checkpoint, tmp_path, runtime
     theirs = results["results"]["hellaswag_raw"]
     samples = sorted(results["samples"]["hellaswag_raw"], key=lambda sample: sample["doc_id"])
 
-    model, by_characters = load_model(path), 0
-    for sample in samples:
-        ours = [ending_likelihood(model, sample["doc"]["ctx"], x) for x in sample["doc"]["endings"]]
-        assert ours == pytest.approx([x[0] for x in sample["filtered_resps"]], abs=1e-3)
-        means = [x / len(text) for x, text in zip(ours, sample["doc"]["endings"], strict=True)]
-        by_characters += means.index(max(means)) == sample["doc"]["label"]
-    with torch.inference_mode():
-        tasks = hellaswag.load(OWN_TASKS)
+    model, tasks = load_model(path), hellaswag.load(OWN_TASKS)
+    with torch.no_grad():
+        for task, sample in zip(tasks, samples, strict=True):
+            nll, _ = hellaswag.surprise(model, [hellaswag.pack(task, model.cfg.block_size)])
+            likelihoods = [x[0] for x in sample["filtered_resps"]]
+            assert (-nll).tolist() == pytest.approx(likelihoods, abs=1e-3)
         scores = hellaswag.score(model, tasks, runtime)
-    assert len(samples) == scores["tasks"] == len(tasks)
     assert theirs["acc,none"] == scores["acc"]
-    assert theirs["acc_norm,none"] == by_characters / len(tasks)
-
-
-@torch.inference_mode()
-def ending_likelihood(model, context, ending):
-    """log p(ending | context), as hellaswag.py renders and sums it, one row at a time."""
-    context, ending = (tokenizer().encode_ordinary(x) for x in (context, " " + ending))
-    logits = model(torch.tensor([context + ending[:-1]]))[0, -len(ending) :, :50257]
-    return -F.cross_entropy(logits, torch.tensor(ending), reduction="sum").item()
+    assert theirs["acc_norm,none"] == scores["acc_norm_chars"]
 
 
 # ---------------------------------------------------------------- the folder

@@ -1,10 +1,11 @@
+import math
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 
-from fineweb import END_OF_TEXT, tokenizer
+from fineweb import END_OF_TEXT, UserError, tokenizer
 from sample import GraphedStep
 from train_gpt2 import (
     GPT,
@@ -183,6 +184,28 @@ def test_repetition_penalty_sees_the_prompt_and_all_that_followed(tiny, make_mod
     new = continued(model, idx, 60, Sampling(temperature=0.0, repetition_penalty=1e9))
     told = torch.cat((idx, new), dim=1).flatten().tolist()
     assert len(set(told)) == len(told)
+
+
+@pytest.mark.parametrize(
+    "how", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5},
+            {"repetition_penalty": 0.0}, {"temperature": math.nan}],
+)  # fmt: skip
+def test_impossible_sampling_is_refused_by_name(how):
+    with pytest.raises(UserError, match=f"{next(iter(how))}=.* is not possible: it must be"):
+        Sampling(**how)
+
+
+def test_temperature_next_to_zero_is_greedy(tiny, make_model):
+    model, idx = make_model(tiny), prompt(2, 4)
+    cold = continued(model, idx, 30, Sampling(temperature=1e-45))
+    assert torch.equal(cold, continued(model, idx, 30))
+
+
+def test_top_p_reaches_beyond_the_likeliest_thousand_where_it_has_to():
+    logits = torch.linspace(0.01, 0, 5000).expand(4000, -1)  # nearly alike: half are 2,500 ids
+    generator = torch.Generator().manual_seed(0)
+    ids = sample_token(logits, None, Sampling(top_p=0.5), generator)
+    assert 2400 < ids.max() < 2500 and ids.float().mean() == pytest.approx(1250, abs=50)
 
 
 # ---------------------------------------------------------------- GPT-2's vocabulary

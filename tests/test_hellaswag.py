@@ -3,12 +3,14 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import requests
 import torch
+from conftest import TOGGLES
 from torch.nn import functional as F
 
 import hellaswag
@@ -20,15 +22,12 @@ OWN = Path(__file__).parent / "data" / "hellaswag_own.jsonl"
 SHARED = REPOSITORY.parent / "shared" / "data" / "hellaswag_val.jsonl"
 
 
-LLAMA = {"pos_embedding": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}
-
-
 @pytest.fixture(scope="module")
 def tasks():
     return hellaswag.load(OWN)
 
 
-@pytest.fixture(scope="module", params=[{}, LLAMA], ids=["gpt2", "llama"])
+@pytest.fixture(scope="module", params=TOGGLES.values(), ids=TOGGLES)
 def model(request):
     """Untrained but opinionated: a small GPT with ten times the usual weights, float32."""
     torch.manual_seed(1)
@@ -36,7 +35,7 @@ def model(request):
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(10 if p.dim() == 2 else 1)
-        yield model
+    return model.requires_grad_(False)
 
 
 def one_at_a_time(model, task):
@@ -227,6 +226,16 @@ def test_batched_picks_equal_scoring_one_task_at_a_time(tasks, model):
         assert dict(picks) == expected
 
 
+def test_batched_picks_of_a_trained_model_are_those_of_one_task_at_a_time(tasks, tiny_run, train):
+    cfg = replace(tiny_run, vocab_size=50304, n_embd=16, block_size=128, total_batch_size=512)
+    folder, log = train(replace(cfg, max_steps=20))
+    assert log["train"][19] < log["train"][0] - 1
+    model = GPT.from_checkpoint(folder / "step_000020.pt")
+    with torch.no_grad():
+        expected = {i: one_at_a_time(model, task) for i, task in enumerate(tasks)}
+        assert dict(hellaswag.predictions(model, tasks)) == expected
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_each_task_is_counted_once_across_ranks(tasks, model, world):
     how = dict(world=world, batch_tokens=500)
@@ -323,3 +332,19 @@ def test_help_names_every_option():
     command = [sys.executable, str(REPOSITORY / "hellaswag.py"), "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
     assert all(f"--{name}" in shown.stdout for name in ("model", "examples", "data", "json"))
+
+
+@pytest.mark.slow
+def test_two_ranks_report_once(tmp_path, run_cli):
+    model = GPT(Config(n_layer=1, n_head=1, n_embd=8, block_size=64))
+    content = {"model": model.state_dict(), "config": asdict(model.cfg)}
+    torch.save(content, tmp_path / "best.pt")
+    options = ["--model=best.pt", f"--data={OWN}", "--json=scores.json", "--dtype=float32"]
+    told = []
+    for ranks in (1, 2):
+        torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}")
+        done = run_cli("hellaswag.py", *options, launcher=torchrun)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("acc_norm_chars") == done.stdout.count("wrote ") == 1
+        told.append(json.loads((tmp_path / "scores.json").read_text(encoding="utf-8")))
+    assert told[0] == told[1]

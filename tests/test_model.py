@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import hardware
 import train_gpt2
 from fineweb import UserError
 from train_gpt2 import GPT, Config
@@ -189,6 +190,75 @@ def test_rows_packed_side_by_side_compute_what_each_computes_alone(tiny, toggles
     torch.testing.assert_close(packed[:, :9], model.features(idx[:, :9]))
     alone = model.features(torch.cat((idx[:, :5], idx[:, 9:]), dim=1))
     torch.testing.assert_close(packed[:, 9:], alone[:, 5:])
+
+
+# ---------------------------------------------------------------- memory and kernels
+
+
+def loss_and_gradients(model, idx):
+    """(loss, gradients, bytes that the forward pass keeps for the backward pass)."""
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    torch.manual_seed(0)  # dropout's
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = model(idx[:, :-1], idx[:, 1:])
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    return loss.item(), gradients, sum(kept.values())
+
+
+SAVING = [{"gradient_checkpointing": True}, {"loss_chunks": 5}]  # of 2 x 15 tokens
+
+
+@pytest.mark.parametrize("keys", [*SAVING, {"gradient_checkpointing": True, "loss_chunks": 4}])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_saving_memory_changes_no_gradient(tiny, toggles, make_model, keys, dropout):
+    cfg, idx = replace(tiny, dropout=dropout, **toggles), tokens(tiny, 2, 16)
+    loss, gradients, kept = loss_and_gradients(make_model(cfg).train(), idx)
+    model = make_model(replace(cfg, **keys)).train()
+    saving_loss, saving_gradients, saving_kept = loss_and_gradients(model, idx)
+    assert saving_loss == pytest.approx(loss, rel=1e-6)
+    torch.testing.assert_close(saving_gradients, gradients, rtol=1e-4, atol=1e-6)
+    assert saving_kept < kept
+
+
+def test_saving_memory_leaves_evaluation_as_it_is(tiny, make_model):
+    model, idx = make_model(tiny), tokens(tiny, 2, 16)
+    saving = make_model(replace(tiny, gradient_checkpointing=True, loss_chunks=3))
+    assert torch.equal(saving(idx), model(idx))
+    torch.testing.assert_close(saving(idx, idx), model(idx, idx))
+
+
+@pytest.fixture
+def kernels():
+    """Give the choice of attention kernels back."""
+    yield
+    hardware.choose_attention("auto")
+
+
+def test_attention_kernel_is_chosen_and_named(tiny, make_model, runtime, kernels):
+    model, idx = make_model(tiny), tokens(tiny, 2, 16)
+    expected = model(idx)
+    for name, kernel in (
+        ("flash", "flash attention"),
+        ("math", "math"),
+        ("auto", "flash attention"),
+    ):
+        hardware.choose_attention(name)
+        assert hardware.attention_kernel(tiny, runtime) == kernel
+        torch.testing.assert_close(model(idx), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_masked_attention_works_whatever_kernel_is_chosen(tiny, make_model, kernels):
+    model, idx = make_model(tiny), tokens(tiny, 2, 16)
+    position, mask = torch.arange(16), torch.ones(16, 16, dtype=torch.bool).tril()
+    for name in ("flash", "cudnn", "efficient", "math"):
+        hardware.choose_attention(name)
+        packed = model.features(idx, position, mask)
+        torch.testing.assert_close(packed, model.features(idx), rtol=1e-5, atol=1e-5)
 
 
 # ---------------------------------------------------------------- Hugging Face folders

@@ -1,5 +1,7 @@
+import subprocess
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 import sample
 from fineweb import END_OF_TEXT, UserError, tokenizer
 from sample import Options, sampling, stream
-from train_gpt2 import Runtime, Sampling, complete
+from train_gpt2 import Config, Sampling, complete
 
 
 @pytest.fixture
@@ -31,10 +33,9 @@ def command(tmp_path, monkeypatch, capsys, model):
     """Run sample.py in this process on the checkpoint of `model`; returns what it prints."""
     path = tmp_path / "best.pt"
     torch.save({"model": model.state_dict(), "config": asdict(model.cfg)}, path)
-    monkeypatch.setattr(sample, "Runtime", lambda device: Runtime(device, "float32"))
 
     def run(*flags):
-        flags = [f"--model={path}", "--max_new_tokens=8", "--device=cpu", *flags]
+        flags = [f"--model={path}", "--max_new_tokens=8", "--dtype=float32", *flags, "--device=cpu"]
         monkeypatch.setattr(sys, "argv", ["sample.py", *flags])
         sample.main()
         return capsys.readouterr().out
@@ -155,3 +156,21 @@ def test_a_model_of_other_tokens_is_refused(tmp_path, tiny, make_model):
     torch.save({"model": make_model(tiny).state_dict(), "config": asdict(tiny)}, tmp_path / "x.pt")
     with pytest.raises(UserError, match=r"vocab_size=512.*50257"):
         sample.load_text_model(str(tmp_path / "x.pt"))
+
+
+def test_reader_who_has_enough_ends_the_command_quietly(tmp_path, make_model):
+    model = make_model(Config(n_layer=1, n_head=1, n_embd=8, block_size=16))
+    content = {"model": model.state_dict(), "config": asdict(model.cfg)}
+    torch.save(content, tmp_path / "best.pt")
+    line = [sys.executable, str(Path(sample.__file__)), f"--model={tmp_path / 'best.pt'}"]
+    line += ["--device=cpu", "--max_new_tokens=5000", "--top_k=5", "--preset=conservative"]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+def test_torchrun_is_refused(command, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="start it without torchrun"):
+        command()

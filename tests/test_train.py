@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import fineweb
 import hardware
 import hellaswag
 import train_gpt2
@@ -27,7 +28,7 @@ from train_gpt2 import (
     choose_run_name,
     evaluate_loss,
     finish,
-    fit_micro_batch,
+    largest_micro_batch,
     load_config,
     load_model,
     lr_at,
@@ -268,6 +269,25 @@ def test_eval_only_prints_what_the_trainings_evaluation_did_and_writes_nothing(
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
+@pytest.mark.parametrize(
+    "keys, says",
+    [
+        (
+            dict(eval_tokens=15),
+            "15 validation tokens are less than one block_size: see eval_tokens",
+        ),
+        (dict(data_dir="nowhere", init_from="nowhere.pt"), "no val shards in nowhere"),
+    ],
+)
+def test_eval_only_names_what_is_missing_before_the_model_is_fetched(
+    tiny_run, train, runtime, keys, says
+):
+    folder, _ = train(tiny_run)
+    known = dict(init_from=str(folder / "step_000008.pt"), eval_only=True)
+    with pytest.raises(UserError, match=says):
+        train_gpt2.evaluate_only(replace(tiny_run, **known | keys), runtime)
+
+
 # ---------------------------------------------------------------- where else a run is logged
 
 
@@ -331,6 +351,23 @@ def test_looking_at_norms_changes_no_number_of_the_training(tiny_run, train):
         for name, on in (("off", False), ("on", True))
     ]
     assert {key: runs[1][key] for key in runs[0]} == runs[0]
+
+
+def test_norms_leave_out_what_is_frozen(tiny, make_model):
+    model = make_model(tiny).train()
+    model.transformer.wpe.weight.requires_grad_(False)
+    for p in model.transformer.h.parameters():
+        if p.dim() == 1:
+            p.requires_grad_(False)
+    for p in model.transformer.ln_f.parameters():
+        p.requires_grad_(False)
+    norms = train_gpt2.trackers.Norms(model)
+    idx = torch.arange(16)[None]
+    model(idx, idx).backward()
+    norms.before()
+    norms.after()
+    assert norms.values.keys() == {name for name in NORMS if not name.endswith("_norm")}
+    assert norms.values["norm_embedding"] > 0 == norms.values["update_embedding"]
 
 
 def test_update_is_the_change_of_the_weights_over_the_weights(tiny_run, train):
@@ -540,7 +577,8 @@ def fit(monkeypatch, tiny, runtime, capsys):
         cfg = replace(tiny, micro_batch_size=0, **keys)
         with torch.device("meta"):
             model = GPT(cfg)
-        rows = fit_micro_batch(model, cfg, runtime)
+        most = largest_micro_batch(cfg, runtime)
+        rows = hardware.fit_micro_batch(model, most, cfg.block_size, runtime)
         assert all(p.grad is None for p in model.parameters())
         assert f"micro_batch_size={rows}" in capsys.readouterr().out
         assert rows <= room
@@ -575,7 +613,8 @@ def test_no_room_for_one_sequence_is_an_error(fit):
 def test_micro_batch_on_cpu_is_at_most_four(tiny, runtime):
     for total, expected in ((16 * 64, 4), (16 * 6, 2), (16 * 3, 1)):
         cfg = replace(tiny, micro_batch_size=0, total_batch_size=total)
-        assert fit_micro_batch(GPT(cfg), cfg, runtime) == expected
+        most = largest_micro_batch(cfg, runtime)
+        assert hardware.fit_micro_batch(GPT(cfg), most, 16, runtime) == most == expected
 
 
 # ---------------------------------------------------------------- devices
@@ -798,7 +837,7 @@ def test_hellaswag_is_skipped_on_all_ranks_if_one_has_no_tasks(runtime):
 def test_gpus_that_cannot_share_a_step_are_told_a_step_they_can(runtime, world, near):
     runtime.device, runtime.world = torch.device("meta"), world
     with pytest.raises(UserError, match=f"=16\\*1024\\*{world}=.*try {near}"):
-        fit_micro_batch(None, Config(), runtime)
+        largest_micro_batch(Config(), runtime)
 
 
 def test_impossible_eval_tokens_and_foreign_ids_leave_no_folder(tiny_run, train):
@@ -806,3 +845,29 @@ def test_impossible_eval_tokens_and_foreign_ids_leave_no_folder(tiny_run, train)
         with pytest.raises(UserError):
             train(replace(tiny_run, **wrong))
     assert not (Path(tiny_run.log_dir) / "run").exists()
+
+
+# ---------------------------------------------------------------- precision
+
+
+@pytest.mark.slow
+def test_two_hundred_steps_end_at_the_loss_of_plain_float32_whatever_is_switched_on(
+    tiny_run, tmp_path, train, read_log
+):
+    data_dir = str(tmp_path / "docs")
+    fineweb.prepare(fineweb.Options(source="python-docs", out_dir=data_dir))
+    cfg = replace(tiny_run, data_dir=data_dir, vocab_size=50304, block_size=64, warmup_steps=20)
+    cfg = replace(cfg, total_batch_size=512, micro_batch_size=8, max_steps=200, eval_interval=200)
+    cfg = replace(cfg, eval_tokens=32_768, learning_rate=3e-3)
+    bf16 = {"dtype": "bfloat16"}
+    switched_on = {
+        "plain": {}, "bf16": bf16, "compiled": {"compile_model": True, **bf16},
+        "saving": {"gradient_checkpointing": True, "loss_chunks": 4, **bf16},
+    }  # fmt: skip
+    losses = {}
+    for name, keys in switched_on.items():
+        run = replace(cfg, run_name=name, **keys)
+        train_gpt2.train(run, Runtime("cpu", run.dtype))
+        losses[name] = read_log(Path(run.log_dir) / name)["val"][200]
+    assert losses["plain"] < 7
+    assert all(abs(loss - losses["plain"]) < 0.01 for loss in losses.values()), losses
