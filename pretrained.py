@@ -203,6 +203,8 @@ def read_config(path):
         raise ValueError(f"model_type is {model_type}, not {' or '.join(KINDS)}")
     kind = KINDS[model_type]
     config = kind.defaults | {key: value for key, value in config.items() if value is not None}
+    if config.get("activation_function") == "gelu_pytorch_tanh":  # another name of the same
+        config["activation_function"] = "gelu_new"
     # up to transformers 4 the base stands beside rope_scaling, from 5 on in rope_parameters
     rope = config.get("rope_scaling") or config.get("rope_parameters", {})
     rope = {"rope_type": "default", "rope_theta": config.get("rope_theta", 10000.0)} | rope
@@ -211,22 +213,33 @@ def read_config(path):
 
 def files(name):
     """config.json and the safetensors files of a folder, or of a model on the Hugging Face hub."""
-    folder, config, weights = Path(name), "config.json", "model.safetensors"
-    if folder.is_dir():
-        shards = {weights}
-        if (index := folder / f"{weights}.index.json").exists():
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return folder / config, [folder / shard for shard in sorted(shards)]
+    if Path(name).is_dir():
+        return find_files(lambda file: Path(name) / file)
     if name not in OPENAI and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
         known = "none of gpt2[-medium|-large|-xl], and no owner/name of the hub"
         raise UserError(f"{name} is no .pt file, no folder, {known}")
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import errors, hf_hub_download
 
     repository = f"openai-community/{name}" if name in OPENAI else str(name)
+
+    def fetch(file):
+        try:
+            return Path(hf_hub_download(repository, file))
+        except errors.EntryNotFoundError:
+            return Path(file)  # which is not there
+
     try:
-        paths = [hf_hub_download(repository, file) for file in (config, weights)]
+        return find_files(fetch)
     except Exception as error:  # the hub's, the network's, the disk's: all mean the same here
         why = " ".join(f"{type(error).__name__}: {error}".split())
         remedy = "check the name and the network, or name a folder"
         raise UserError(f"{name} could not be downloaded: {remedy}\n       {why[:160]}") from None
-    return Path(paths[0]), [Path(paths[1])]
+
+
+def find_files(get):
+    """get(file's name) -> its path. One file of weights, or an index of several."""
+    config, weights = get("config.json"), get("model.safetensors")
+    if weights.exists() or not (index := get("model.safetensors.index.json")).exists():
+        return config, [weights]
+    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return config, [get(shard) for shard in sorted(set(shards))]

@@ -269,6 +269,27 @@ def test_names_are_fetched_from_the_hub(shared_folder, monkeypatch, name, reposi
         GPT.from_pretrained(name)
 
 
+def test_weights_in_several_files_are_fetched_from_the_hub_too(tmp_path, monkeypatch):
+    import huggingface_hub
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = dict(n_layer=1, n_head=1, n_embd=8, n_positions=16)
+    theirs = GPT2LMHeadModel(GPT2Config(**sizes, activation_function="gelu_pytorch_tanh")).eval()
+    theirs.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+
+    def serve(repo, file):
+        if not (tmp_path / file).exists():
+            raise huggingface_hub.errors.EntryNotFoundError(file)
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", serve)
+    idx = torch.tensor([[3, 1, 4, 1, 5]])
+    with torch.no_grad():
+        ours = GPT.from_pretrained("someone/gpt2")(idx)
+        torch.testing.assert_close(ours, theirs(idx).logits, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["nowhere", "a/b/c", "../out", "gpt3"])
 def test_what_is_no_name_of_the_hub_is_not_asked_there(name):
     with pytest.raises(UserError, match=rf"{name} is no \.pt file, no folder, none of gpt2"):
