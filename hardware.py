@@ -108,7 +108,17 @@ def versions():
     return {name: version(name) for name in PACKAGES if importlib.util.find_spec(name)}
 
 
-def choose_attention(name):
+def choose_attention(cfg, runtime):
+    """Let cfg's kernel compute attention, or for `auto` the fastest."""
+    most = 256 if cfg.compile_model else 128
+    short = runtime.device.type == "cpu" and cfg.block_size <= most
+    if cfg.attention == "auto" and short and runtime.dtype == torch.bfloat16:
+        allow_attention("math")  # up to twice as fast there, backward above all
+    else:
+        allow_attention(cfg.attention)
+
+
+def allow_attention(name):
     """Leave scaled_dot_product_attention one kernel, and the plain one for what that cannot do."""
     kernels = {"flash": "flash", "cudnn": "cudnn", "efficient": "mem_efficient"}
     for kernel, its in kernels.items():
@@ -133,42 +143,3 @@ def describe(model, folder, runtime):
     size = 3 * sum(p.nbytes for p in model.parameters()) * (cfg.keep_checkpoints + 1)
     fineweb.check_disk(folder, size)
     runtime.print(f"disk   has room for {size / 2**30:.1f} GiB of checkpoints\nready to train")
-
-
-# ---------------------------------------------------------------- runs' names, torchrun's restarts
-
-RESTARTS = "torchrun.txt"  # in a run's folder: the torchrun that may restart it
-
-
-def may_restart():
-    return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-
-
-def expect_restarts(folder):
-    if may_restart():
-        (folder / RESTARTS).write_text(os.environ["TORCHELASTIC_RUN_ID"])
-
-
-def restarted(folder):
-    """Whether torchrun --max-restarts starts again, after a rank died, the run of this folder."""
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    mark = folder / RESTARTS
-    return again and mark.exists() and mark.read_text() == os.environ["TORCHELASTIC_RUN_ID"]
-
-
-def choose_run_name(cfg, default):
-    """run_name, or the first free of default, default-2, ... (with resume: the last taken)."""
-
-    def taken(name):
-        return (Path(cfg.log_dir) / name / "log.txt").exists()
-
-    if not cfg.run_name and may_restart():
-        raise UserError("--max-restarts needs a --run_name, by which a restart finds its run")
-    if cfg.run_name:
-        if taken(cfg.run_name) and not cfg.resume:
-            there = f"{cfg.log_dir}/{cfg.run_name}"
-            raise UserError(f"{there}/ holds a run: add --resume=True, or take another --run_name")
-        return cfg.run_name
-    names = [default, *(f"{default}-{i}" for i in range(2, 10_000))]
-    free = next(i for i, name in enumerate(names) if not taken(name))
-    return names[max(0, free - 1) if cfg.resume else free]

@@ -14,12 +14,10 @@ To read this file, start at `train` near the end, then go where it leads.
 
 import contextlib
 import functools
-import importlib.util
 import inspect
 import math
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -44,9 +42,11 @@ import fineweb
 import hardware
 import hellaswag
 import pretrained
+import runs
 import trackers
 from fineweb import END_OF_TEXT, UserError, command_line, replacing, run
-from hardware import best_dtype, choose_run_name, compile_obstacle, find_device, peak_flops
+from hardware import best_dtype, compile_obstacle, find_device, peak_flops
+from runs import checkpoints
 
 # ---------------------------------------------------------------- configuration
 
@@ -109,7 +109,7 @@ class Config:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of matrix products
     attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"  # SDPA's kernel
     gradient_checkpointing: bool = False  # keep no activations inside blocks: less memory, slower
-    loss_chunks: int = 1  # parts whose logits are made one at a time; more take less memory
+    loss_chunks: int = 0  # parts whose logits are made one at a time; 0 = 8,192 tokens each
     compile_model: bool = True  # torch.compile: minutes at the start, then about twice the speed
     rank_timeout: int = 600  # seconds that a rank waits for the others before the run ends
 
@@ -120,7 +120,7 @@ ARCHITECTURE = [
     "norm", "bias", "qkv_bias", "tie_embeddings", "qk_norm", "logit_softcap",
 ]  # fmt: skip
 AT_LEAST_ONE = ["n_layer", "n_head", "n_embd", "block_size", "vocab_size", "total_batch_size",
-    "eval_tokens", "loss_chunks", "log_interval", "keep_checkpoints", "rank_timeout"]  # fmt: skip
+    "eval_tokens", "log_interval", "keep_checkpoints", "rank_timeout"]  # fmt: skip
 VOCABULARY = END_OF_TEXT + 1  # ids from here up only pad the matrices
 MAX_SKIPPED = 10  # non-finite steps in a row that end a run
 
@@ -375,6 +375,58 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
+def replace_by_slope(logits, targets, cap):
+    """Summed cross-entropy of logits (n, V), which it caps; in their place comes its gradient."""
+    z, own = logits.float(), targets[:, None]
+    if cap:
+        z = cap * torch.tanh(z / cap)
+    logp = z.log_softmax(-1)
+    nll = -logp.gather(1, own)
+    d, d_own = logp.exp_(), torch.exp(-nll) - 1  # softmax minus one-hot
+    if cap:
+        steep = 1 - (z / cap) ** 2
+        d, d_own = d * steep, d_own * steep.gather(1, own)
+    logits.copy_(d).scatter_(1, own, d_own.to(logits.dtype))
+    return nll.sum()
+
+
+class HeadLoss(torch.autograd.Function):
+    """Features x (n, C), head (V, C), targets (n,) -> mean cross-entropy in nats.
+
+    The gradients are made together with the loss, so that neither logits nor softmax outlive it,
+    and with chunks > 1 they never exist whole. Liger-Kernel does so in Triton (arXiv 2410.10989).
+    """
+
+    @staticmethod
+    def forward(ctx, x, head, targets, cap, chunks):
+        device = x.device.type
+        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        w, loss, dx, dw = head.to(low), 0.0, [], None
+        for h, t in zip(x.to(low).chunk(chunks), targets.chunk(chunks), strict=True):
+            d = h @ w.t()
+            loss = loss + HeadLoss.of_logits(d, t, cap)
+            if ctx.needs_input_grad[0]:
+                dx.append((d @ w).to(x.dtype))
+                dw = (d.t() @ h).to(head.dtype) if dw is None else dw.add_(d.t() @ h)
+        if dx:
+            ctx.save_for_backward(dx[0] if len(dx) == 1 else torch.cat(dx), dw)
+        return loss / len(x)
+
+    @staticmethod
+    def of_logits(logits, targets, cap):
+        """replace_by_slope, by as many rows as a cache holds; compiled, a kernel does so anyway."""
+        if torch.compiler.is_compiling():
+            return replace_by_slope(logits, targets, cap)
+        rows = (2**20 if logits.device.type == "cpu" else 2**26) // logits.size(1) + 1
+        parts = zip(logits.split(rows), targets.split(rows), strict=True)
+        return sum(replace_by_slope(*part, cap) for part in parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        return dx * (grad / len(dx)), dw * (grad / len(dx)), None, None, None
+
+
 class GPT(nn.Module):
     """The GPT-2 decoder with OpenAI's parameter names; `cfg` chooses its variants once, here."""
 
@@ -445,18 +497,11 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         """idx (B, T) -> logits (B, T, vocab_size); with targets (B, T), the mean loss in nats."""
-        x, chunks = self.features(idx), self.cfg.loss_chunks
+        x, c = self.features(idx), self.cfg
         if targets is None:
             return self.logits(x)
-        if chunks == 1:
-            return self.loss(x.flatten(0, 1), targets.flatten())
-        parts = zip(x.flatten(0, 1).chunk(chunks), targets.flatten().chunk(chunks), strict=True)
-        losses = [checkpoint(self.loss, *part, "sum", use_reentrant=False) for part in parts]
-        return sum(losses) / targets.numel()
-
-    def loss(self, x, targets, reduction="mean"):
-        """Features (n, C), targets (n,) -> their loss in nats; float32 from the logits on."""
-        return F.cross_entropy(self.logits(x).float(), targets, reduction=reduction)
+        x, chunks = x.flatten(0, 1), c.loss_chunks or math.ceil(idx.numel() / 8192)
+        return HeadLoss.apply(x, self.lm_head.weight, targets.flatten(), c.logit_softcap, chunks)
 
     def generate(self, prompt, max_new_tokens=64, seed=1337, **how):
         """The text that follows a prompt; `how` as in Sampling, such as temperature=0."""
@@ -811,11 +856,6 @@ def read_checkpoint(path, whole=False):
         raise UserError(f"{path} is no checkpoint that can be read ({reason[:90]})") from None
 
 
-def checkpoints(folder):
-    """The step_*.pt of a run, oldest first, also beyond six digits."""
-    return sorted(folder.glob("step_*.pt"), key=lambda path: (len(path.name), path.name))
-
-
 def load_moments(optimizer, saved):
     """Take the moments from a file; what the config decides, the hyperparameters, stay."""
     groups = optimizer.state_dict()["param_groups"]
@@ -882,7 +922,7 @@ class RunLog:
         self.file.write("\n" if torn else "")  # a kill may have left half a line
         for left in folder.glob(".*.tmp"):
             left.unlink()  # by a kill in the middle of a checkpoint
-        hardware.expect_restarts(folder)
+        runs.expect_restarts(folder)
         with replacing(folder / "config.toml") as temporary:
             temporary.write_text(fineweb.to_toml(model.cfg), encoding="utf-8")
         self.trackers = trackers.open_trackers(model.cfg, folder, start)
@@ -1059,7 +1099,7 @@ def initial_model(cfg):
 
 def set_up(cfg, runtime, shards):
     """What steps need: (TrainState, the model to call, Loader, micro-steps)."""
-    hardware.choose_attention(cfg.attention)
+    hardware.choose_attention(cfg, runtime)
     model = initial_model(cfg).to(runtime.device)
     cfg = model.cfg
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
@@ -1085,7 +1125,7 @@ def train(cfg, runtime, check=False):
         split.windows(np.linspace(0, len(split) - loader.T - 1, 64, dtype=int), cfg)
     folder = Path(cfg.log_dir) / cfg.run_name
     start, max_steps = state.step, cfg.max_steps or loader.steps_per_epoch()
-    introduce(model, loader, micro_steps, max_steps, runtime)
+    runs.introduce(model, loader, micro_steps, max_steps, runtime)
     if check:
         return hardware.describe(model, folder, runtime)
     log = RunLog(folder, model, runtime, loader.G * loader.T, max_steps, start)
@@ -1123,10 +1163,10 @@ def train(cfg, runtime, check=False):
                     "dtype=float32, then --resume=True"
                 )
     if stop and state.step < max_steps:
-        again = f"{python()} train_gpt2.py {folder}/config.toml --resume=True"
+        again = f"{runs.python()} train_gpt2.py {folder}/config.toml --resume=True"
         runtime.print(f"stopped after step {state.step}; to continue: {again}")
     else:
-        finish(folder, cfg, runtime)
+        runs.finish(folder, cfg, runtime)
 
 
 def evaluate_only(cfg, runtime):
@@ -1136,46 +1176,6 @@ def evaluate_only(cfg, runtime):
     evaluate(TrainState(model, None, None), val_shards, rows, log, runtime)
 
 
-def introduce(model, loader, micro_steps, max_steps, runtime):
-    """Say on what, with what and how long the run trains."""
-    cfg, world, tokens = model.cfg, runtime.world, loader.G * loader.T
-    name = torch.cuda.get_device_name() if runtime.device.type == "cuda" else runtime.device
-    parameters = sum(p.numel() for p in model.parameters())
-    runtime.print(
-        f"run    {Path(cfg.log_dir) / cfg.run_name}/ on {name}, {runtime.dtype}, ranks: {world}, "
-        f"{hardware.attention_kernel(cfg, runtime)}\n"
-        f"model  {parameters:,} parameters, {model.flops_per_token() / 1e6:,.1f} MFLOP a token\n"
-        f"data   {cfg.data_dir}/, {len(loader.shards):,} tokens, {loader.steps_per_epoch():,} "
-        "steps an epoch\n"
-        f"batch  {tokens:,} tokens a step = {loader.B} sequences x {loader.T} tokens "
-        f"x {micro_steps} micro-steps x {world} ranks\n"
-        f"steps  {max_steps:,}, {max_steps * tokens:,} tokens"
-    )
-
-
-def python():
-    """How this Python was called, for commands to copy."""
-    here = Path(sys.executable)
-    return here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else "python"
-
-
-def finish(folder, cfg, runtime):
-    """Draw the run's picture, say what the run left, and three things to do with it."""
-    if runtime.rank != 0:
-        return
-    if importlib.util.find_spec("matplotlib"):
-        plot = [sys.executable, Path(__file__).parent / "plots" / "plot.py", folder]
-        subprocess.run([*plot, f"--out={folder / 'loss.png'}"], stdout=subprocess.DEVNULL)
-    best, saved = folder / "best.pt", checkpoints(folder)
-    model = saved[-1] if saved and not best.exists() else best
-    text, twice = cfg.sample_prompt or "Once upon a time", f"{2 * cfg.learning_rate:g}"
-    print(f"wrote {folder}/: {', '.join(sorted(p.name for p in folder.iterdir()))}")
-    again = f"{folder}/config.toml --run_name={cfg.run_name}-lr{twice} --learning_rate={twice}"
-    print(f'next:  {python()} sample.py --model={model} --prompt="{text}"')
-    print(f'       {python()} plots/attention.py --model={model} --text="{text}"')
-    print(f"       {python()} train_gpt2.py {again}")
-
-
 # ---------------------------------------------------------------- main
 
 
@@ -1183,12 +1183,12 @@ def main():
     check = "--check" in sys.argv
     cfg, name = load_config([word for word in sys.argv[1:] if word != "--check"])
     trackers.check(cfg)
-    if hardware.restarted(Path(cfg.log_dir, cfg.run_name)):
+    if runs.restarted(Path(cfg.log_dir, cfg.run_name)):
         cfg = replace(cfg, resume=True)
     with contextlib.closing(Runtime(cfg.device, cfg.dtype, cfg.rank_timeout)) as runtime:
         if cfg.eval_only:
             return evaluate_only(cfg, runtime)
-        cfg = replace(cfg, run_name=runtime.agree(lambda: choose_run_name(cfg, name)))
+        cfg = replace(cfg, run_name=runtime.agree(lambda: runs.choose_run_name(cfg, name)))
         try:
             train(cfg, runtime, check)
         except torch.OutOfMemoryError:

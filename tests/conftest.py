@@ -14,6 +14,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import runs  # noqa: E402
 import train_gpt2  # noqa: E402
 from fineweb import to_toml  # noqa: E402
 from train_gpt2 import GPT, Config, Runtime  # noqa: E402
@@ -114,7 +115,7 @@ def read_log():
 @pytest.fixture
 def train(monkeypatch, runtime, read_log):
     """Train in this process, without drawing at the end; returns (folder, what log.txt holds)."""
-    monkeypatch.setattr(train_gpt2, "finish", lambda folder, cfg, runtime: None)
+    monkeypatch.setattr(runs, "finish", lambda folder, cfg, runtime: None)
 
     def run(cfg):
         train_gpt2.train(cfg, runtime)
@@ -128,11 +129,10 @@ def train(monkeypatch, runtime, read_log):
 def run_cli(tmp_path):
     """Run a command of the repository in tmp_path, as a user does: run_cli("fineweb.py", "-h")."""
 
-    def run(script, *args, launcher=()):
+    def run(script, *args, launcher=(), seconds=300):
         command = [sys.executable, *launcher, str(ROOT / script), *map(str, args)]
-        return subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", timeout=300
-        )
+        how = dict(capture_output=True, text=True, encoding="utf-8", timeout=seconds)
+        return subprocess.run(command, cwd=tmp_path, **how)
 
     return run
 

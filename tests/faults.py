@@ -27,6 +27,7 @@ import torch
 import torch._dynamo  # which an optimizer imports when it is made: once, not in every life
 
 import fineweb
+import runs
 import train_gpt2
 from train_gpt2 import GPT, RunLog
 
@@ -187,7 +188,7 @@ def live(faults):
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":  # no second time in a new group
         for fault in faults:
             arrange(*fault)
-    train_gpt2.finish = lambda folder, cfg, runtime: None  # without drawing at the end
+    runs.finish = lambda folder, cfg, runtime: None  # without drawing at the end
     fineweb.run(train_gpt2.main)
 
 

@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fineweb
+import runs
 import train_gpt2
 from fineweb import UserError
 from train_gpt2 import Loader, TokenShards
@@ -596,7 +597,7 @@ def test_killed_rank_brings_the_group_back_and_it_ends_as_if_it_never_was(
 def test_restarts_without_a_name_are_refused(tiny_run, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
     with pytest.raises(UserError, match="--max-restarts needs a --run_name"):
-        train_gpt2.choose_run_name(replace(tiny_run, run_name=""), "gpt2")
+        runs.choose_run_name(replace(tiny_run, run_name=""), "gpt2")
 
 
 @posix

@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import hardware
 import train_gpt2
+from bench import watch_memory
 from fineweb import UserError
-from train_gpt2 import GPT, Config
+from train_gpt2 import GPT, Config, HeadLoss, Runtime
 
 
 def tokens(cfg, rows, length, seed=0):
@@ -210,19 +212,65 @@ def loss_and_gradients(model, idx):
     return loss.item(), gradients, sum(kept.values())
 
 
-SAVING = [{"gradient_checkpointing": True}, {"loss_chunks": 5}]  # of 2 x 15 tokens
-
-
-@pytest.mark.parametrize("keys", [*SAVING, {"gradient_checkpointing": True, "loss_chunks": 4}])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_saving_memory_changes_no_gradient(tiny, toggles, make_model, keys, dropout):
+@pytest.mark.parametrize("keys", [{}, {"loss_chunks": 4}])
+def test_recomputing_blocks_keeps_less_and_changes_no_gradient(
+    tiny, toggles, make_model, keys, dropout
+):
     cfg, idx = replace(tiny, dropout=dropout, **toggles), tokens(tiny, 2, 16)
     loss, gradients, kept = loss_and_gradients(make_model(cfg).train(), idx)
-    model = make_model(replace(cfg, **keys)).train()
+    model = make_model(replace(cfg, gradient_checkpointing=True, **keys)).train()
     saving_loss, saving_gradients, saving_kept = loss_and_gradients(model, idx)
     assert saving_loss == pytest.approx(loss, rel=1e-6)
     torch.testing.assert_close(saving_gradients, gradients, rtol=1e-4, atol=1e-6)
     assert saving_kept < kept
+
+
+@pytest.mark.parametrize("chunks", [0, 1, 5, 30, 40])  # of 2 x 15 tokens
+def test_loss_and_its_gradients_are_those_of_cross_entropy(tiny, toggles, make_model, chunks):
+    model = make_model(replace(tiny, loss_chunks=chunks, **toggles)).train()
+    idx = tokens(tiny, 2, 16)
+    loss = model(idx[:, :-1], idx[:, 1:])
+    logits, parameters = model(idx[:, :-1]), list(model.parameters())
+    expected = F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten())
+    torch.testing.assert_close(loss, expected)
+    gradients = torch.autograd.grad(3 * loss, parameters)
+    torch.testing.assert_close(gradients, torch.autograd.grad(3 * expected, parameters))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("cap", [0.0, 5.0])
+def test_loss_in_bfloat16_is_as_near_as_cross_entropy_in_bfloat16(compiled, cap):
+    x, head = torch.randn(100, 32), torch.randn(999, 32)  # loss about 18
+    targets = torch.randint(0, 999, (100,))
+
+    def peer(x, head, targets, cap, chunks):
+        logits = F.linear(x, head)
+        return F.cross_entropy(cap * torch.tanh(logits / cap) if cap else logits, targets)
+
+    def gradients(loss_of, dtype, chunks=3):
+        leaves = [t.clone().requires_grad_() for t in (x, head)]
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = loss_of(*leaves, targets, cap, chunks)
+        return loss, *torch.autograd.grad(loss, leaves)
+
+    exact, theirs = gradients(peer, torch.float32), gradients(peer, torch.bfloat16)
+    own = torch.compile(HeadLoss.apply) if compiled else HeadLoss.apply
+    for ours, near, expected in zip(gradients(own, torch.bfloat16), theirs, exact, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - expected).norm() <= 1.2 * (near - expected).norm() + 1e-4 * expected.norm()
+
+
+def test_loss_takes_less_memory_the_more_chunks(make_model, tiny):
+    model, idx = make_model(replace(tiny, vocab_size=8192)).train(), tokens(tiny, 64, 17)
+    peaks = []
+    for chunks in (1, 4, 16):
+        chunked = make_model(replace(model.cfg, loss_chunks=chunks))
+        with watch_memory(Runtime("cpu", "float32")) as peak:
+            chunked(idx[:, :-1], idx[:, 1:]).backward()
+        peaks += peak
+    logits = 64 * 16 * 8192 * 4
+    assert peaks[0] - peaks[1] > logits / 3 and peaks[1] > peaks[2]
 
 
 def test_saving_memory_leaves_evaluation_as_it_is(tiny, make_model):
@@ -236,7 +284,7 @@ def test_saving_memory_leaves_evaluation_as_it_is(tiny, make_model):
 def kernels():
     """Give the choice of attention kernels back."""
     yield
-    hardware.choose_attention("auto")
+    hardware.allow_attention("auto")
 
 
 def test_attention_kernel_is_chosen_and_named(tiny, make_model, runtime, kernels):
@@ -247,16 +295,34 @@ def test_attention_kernel_is_chosen_and_named(tiny, make_model, runtime, kernels
         ("math", "math"),
         ("auto", "flash attention"),
     ):
-        hardware.choose_attention(name)
+        hardware.choose_attention(replace(tiny, attention=name), runtime)
         assert hardware.attention_kernel(tiny, runtime) == kernel
         torch.testing.assert_close(model(idx), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "T, compiled, dtype, kernel",
+    [
+        (128, False, "bfloat16", "math"),
+        (256, True, "bfloat16", "math"),
+        (256, False, "bfloat16", "flash attention"),
+        (512, True, "bfloat16", "flash attention"),
+        (128, True, "float32", "flash attention"),
+    ],
+)
+def test_short_contexts_in_bfloat16_take_the_plain_kernel_on_a_cpu(
+    tiny, kernels, T, compiled, dtype, kernel
+):
+    cfg, runtime = replace(tiny, block_size=T, compile_model=compiled), Runtime("cpu", dtype)
+    hardware.choose_attention(cfg, runtime)
+    assert hardware.attention_kernel(cfg, runtime) == kernel
 
 
 def test_masked_attention_works_whatever_kernel_is_chosen(tiny, make_model, kernels):
     model, idx = make_model(tiny), tokens(tiny, 2, 16)
     position, mask = torch.arange(16), torch.ones(16, 16, dtype=torch.bool).tril()
     for name in ("flash", "cudnn", "efficient", "math"):
-        hardware.choose_attention(name)
+        hardware.allow_attention(name)
         packed = model.features(idx, position, mask)
         torch.testing.assert_close(packed, model.features(idx), rtol=1e-5, atol=1e-5)
 

@@ -16,8 +16,10 @@ import torch
 import fineweb
 import hardware
 import hellaswag
+import runs
 import train_gpt2
 from fineweb import UserError, to_toml
+from runs import finish
 from train_gpt2 import (
     ARCHITECTURE,
     GPT,
@@ -25,9 +27,7 @@ from train_gpt2 import (
     Runtime,
     TokenShards,
     batch_layout,
-    choose_run_name,
     evaluate_loss,
-    finish,
     largest_micro_batch,
     load_config,
     load_model,
@@ -483,7 +483,7 @@ def test_checkpoint_holds_plain_values_and_raw_keys(tiny_run, train):
 def command(monkeypatch, tmp_path, tiny_run):
     """Call main() as the command does, for tiny.toml with few steps and no run_name."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_gpt2, "finish", lambda folder, cfg, runtime: None)
+    monkeypatch.setattr(runs, "finish", lambda folder, cfg, runtime: None)
     cfg = replace(tiny_run, run_name="", max_steps=2)
     Path("tiny.toml").write_text(to_toml(cfg), encoding="utf-8")
 
@@ -528,12 +528,12 @@ def test_config_of_a_run_folder_starts_another_run_or_resumes_it(command, capsys
 def test_resume_takes_the_last_of_the_default_names(tiny_run):
     log = Path(tiny_run.log_dir)
     cfg = replace(tiny_run, run_name="", resume=True)
-    assert choose_run_name(cfg, "a") == "a"
+    assert runs.choose_run_name(cfg, "a") == "a"
     for name in ("a", "a-2"):
         (log / name).mkdir(parents=True)
         (log / name / "log.txt").touch()
-    assert choose_run_name(cfg, "a") == "a-2"
-    assert choose_run_name(replace(cfg, resume=False), "a") == "a-3"
+    assert runs.choose_run_name(cfg, "a") == "a-2"
+    assert runs.choose_run_name(replace(cfg, resume=False), "a") == "a-3"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,93 @@
+"""A run's name and folder, how torchrun finds it again, its first words and its last."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import hardware
+from fineweb import UserError
+
+RESTARTS = "torchrun.txt"  # in a run's folder: the torchrun that may restart it
+
+
+def may_restart():
+    return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+
+
+def expect_restarts(folder):
+    if may_restart():
+        (folder / RESTARTS).write_text(os.environ["TORCHELASTIC_RUN_ID"])
+
+
+def restarted(folder):
+    """Whether torchrun --max-restarts starts again, after a rank died, the run of this folder."""
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    mark = folder / RESTARTS
+    return again and mark.exists() and mark.read_text() == os.environ["TORCHELASTIC_RUN_ID"]
+
+
+def choose_run_name(cfg, default):
+    """run_name, or the first free of default, default-2, ... (with resume: the last taken)."""
+
+    def taken(name):
+        return (Path(cfg.log_dir) / name / "log.txt").exists()
+
+    if not cfg.run_name and may_restart():
+        raise UserError("--max-restarts needs a --run_name, by which a restart finds its run")
+    if cfg.run_name:
+        if taken(cfg.run_name) and not cfg.resume:
+            there = f"{cfg.log_dir}/{cfg.run_name}"
+            raise UserError(f"{there}/ holds a run: add --resume=True, or take another --run_name")
+        return cfg.run_name
+    names = [default, *(f"{default}-{i}" for i in range(2, 10_000))]
+    free = next(i for i, name in enumerate(names) if not taken(name))
+    return names[max(0, free - 1) if cfg.resume else free]
+
+
+def checkpoints(folder):
+    """The step_*.pt of a run, oldest first, also beyond six digits."""
+    return sorted(folder.glob("step_*.pt"), key=lambda path: (len(path.name), path.name))
+
+
+def introduce(model, loader, micro_steps, max_steps, runtime):
+    """Say on what, with what and how long the run trains."""
+    cfg, world, tokens = model.cfg, runtime.world, loader.G * loader.T
+    name = torch.cuda.get_device_name() if runtime.device.type == "cuda" else runtime.device
+    parameters = sum(p.numel() for p in model.parameters())
+    runtime.print(
+        f"run    {Path(cfg.log_dir) / cfg.run_name}/ on {name}, {runtime.dtype}, ranks: {world}, "
+        f"{hardware.attention_kernel(cfg, runtime)}\n"
+        f"model  {parameters:,} parameters, {model.flops_per_token() / 1e6:,.1f} MFLOP a token\n"
+        f"data   {cfg.data_dir}/, {len(loader.shards):,} tokens, {loader.steps_per_epoch():,} "
+        "steps an epoch\n"
+        f"batch  {tokens:,} tokens a step = {loader.B} sequences x {loader.T} tokens "
+        f"x {micro_steps} micro-steps x {world} ranks\n"
+        f"steps  {max_steps:,}, {max_steps * tokens:,} tokens"
+    )
+
+
+def python():
+    """How this Python was called, for commands to copy."""
+    here = Path(sys.executable)
+    return here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else "python"
+
+
+def finish(folder, cfg, runtime):
+    """Draw the run's picture, say what the run left, and three things to do with it."""
+    if runtime.rank != 0:
+        return
+    if importlib.util.find_spec("matplotlib"):
+        plot = [sys.executable, Path(__file__).parent / "plots" / "plot.py", folder]
+        subprocess.run([*plot, f"--out={folder / 'loss.png'}"], stdout=subprocess.DEVNULL)
+    best, saved = folder / "best.pt", checkpoints(folder)
+    model = saved[-1] if saved and not best.exists() else best
+    text, twice = cfg.sample_prompt or "Once upon a time", f"{2 * cfg.learning_rate:g}"
+    print(f"wrote {folder}/: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+    again = f"{folder}/config.toml --run_name={cfg.run_name}-lr{twice} --learning_rate={twice}"
+    print(f'next:  {python()} sample.py --model={model} --prompt="{text}"')
+    print(f'       {python()} plots/attention.py --model={model} --text="{text}"')
+    print(f"       {python()} train_gpt2.py {again}")
