@@ -1,10 +1,14 @@
-"""Time the real code: training steps, data loading, tokenizing, HellaSwag and sampling.
+"""Measure the real code: training steps, memory, data, tokenizing, HellaSwag and sampling.
 
     python bench.py train configs/tiny.toml --steps=50     # takes every option of train_gpt2.py
-    python bench.py loader --data_dir=edu_fineweb10B       # and so does this
+    python bench.py train --against=transformers           # or plain, after build-nanogpt
+    python bench.py memory --gradient_checkpointing=True   # what fits on which card
+    python bench.py precision configs/tiny.toml            # beside float32 of the same seed
+    python bench.py loader --data_dir=edu_fineweb10B
     python bench.py tokenize --input my_texts/
     python bench.py hellaswag --model=gpt2 --examples=500
     python bench.py sample --model=gpt2 --batch=64 --json=sample.json
+    python bench.py all --json=bench.json                  # all of it, on a GPU, in ten minutes
 
 What is compared takes turns in one run, and a ratio is the median over the turns: what else the
 machine does slows both sides. Above 1, the side named first is the faster.
@@ -13,8 +17,11 @@ machine does slows both sides. Above 1, the side named first is the faster.
 import collections
 import contextlib
 import functools
+import gc
 import importlib.util
+import itertools
 import json
+import math
 import os
 import platform
 import subprocess
@@ -27,17 +34,21 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn as nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+import export
 import fineweb
 import hardware
 import hellaswag
 import train_gpt2 as gpt
 from fineweb import UserError
+from pretrained import KINDS
 from sample import best_step
 
 NEEDED = 600_000  # tokens/s of training on one fast GPU, which the loader has to feed
+CPU = torch.profiler.ProfilerActivity.CPU
 SIZES = 10**6, 10**9, 10**12, 15 * 10**12  # tokens of the loader's holes
 
 
@@ -75,17 +86,23 @@ def described(runtime, model):
     }
 
 
-def report(figures, path):
-    """Print the figures, and what they were taken with, as a table; write the same as JSON."""
-    figures |= {"threads": torch.get_num_threads(), "cores": os.cpu_count()}
-    figures |= {"machine": platform.machine(), "python": platform.python_version()}
-    figures |= hardware.versions()
+def show(figures):
+    """Print figures as a table; those of a table in it below its name."""
     for key, value in figures.items():
+        if isinstance(value, dict):
+            print(key)
+            show({f"  {name}": number for name, number in value.items()})
+            continue
         if type(value) in (int, float):
             value = f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-        print(f"{key:26} {'unknown' if value is None else value}")
-    if path:
-        fineweb.write_json(path, figures)
+        print(f"{key[:60]:26} {'unknown' if value is None else value}")
+
+
+def environment():
+    """What else the figures were taken with."""
+    figures = {"threads": torch.get_num_threads(), "cores": os.cpu_count()}
+    figures |= {"machine": platform.machine(), "python": platform.python_version()}
+    return figures | hardware.versions()
 
 
 # ---------------------------------------------------------------- training and its data
@@ -93,8 +110,10 @@ def report(figures, path):
 
 @dataclass(frozen=True)
 class TrainOptions(gpt.Config):
-    steps: int = 20  # to time after the first: optimizer steps, or the loader's batches
+    steps: int = 20  # to time, after two that warm up: optimizer steps, or the loader's batches
     tokens: int = 10_000_000  # random ones to read where data_dir holds no shards
+    against: Literal["none", "plain", "transformers"] = "none"  # a peer that takes turns with it
+    profile: str = ""  # folder for a trace of one more step, and its operators by time
     json: str = ""  # also write the figures to this file
 
 
@@ -123,47 +142,319 @@ def timed(iterator, waits):
         yield item
 
 
+# ---------------------------------------------------------------- peers
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, C, n_head):
+        super().__init__()
+        self.n_head = n_head
+        self.ln_1 = nn.LayerNorm(C)
+        self.c_attn = nn.Linear(C, 3 * C)
+        self.attn_proj = nn.Linear(C, C)
+        self.ln_2 = nn.LayerNorm(C)
+        self.c_fc = nn.Linear(C, 4 * C)
+        self.mlp_proj = nn.Linear(4 * C, C)
+
+    def forward(self, x):
+        B, T, C = x.size()
+        heads = (B, T, self.n_head, C // self.n_head)
+        q, k, v = (t.view(heads).transpose(1, 2) for t in self.c_attn(self.ln_1(x)).split(C, dim=2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.attn_proj(y.transpose(1, 2).contiguous().view(B, T, C))
+        return x + self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh"))
+
+
+class Plain(nn.Module):
+    """GPT-2 as build-nanogpt has it, with a GPT's weights: all logits, then cross_entropy."""
+
+    def __init__(self, model):
+        super().__init__()
+        c = model.cfg
+        only = dict(bias=True, qkv_bias=True, tie_embeddings=True, dropout=0.0)
+        only |= KINDS["gpt2"].toggles
+        if wrong := [f"{k}={getattr(c, k)}" for k in only if getattr(c, k) != only[k]]:
+            raise UserError(f"against=plain is GPT-2's own architecture: no {', '.join(wrong)}")
+        self.wte, self.wpe = (nn.Embedding(n, c.n_embd) for n in (c.vocab_size, c.block_size))
+        self.h = nn.ModuleList(PlainBlock(c.n_embd, c.n_head) for _ in range(c.n_layer))
+        self.ln_f = nn.LayerNorm(c.n_embd)
+        # both have them in the order of computation
+        self.load_state_dict(dict(zip(self.state_dict(), model.parameters(), strict=True)))
+
+    def forward(self, idx, targets):
+        x = self.wte(idx) + self.wpe(torch.arange(idx.size(1), device=idx.device))
+        for block in self.h:
+            x = block(x)
+        logits = F.linear(self.ln_f(x), self.wte.weight)
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
+
+
+class Transformers(nn.Module):
+    """transformers' model with a GPT's architecture and weights, and the loss of its own."""
+
+    def __init__(self, model):
+        super().__init__()
+        if not importlib.util.find_spec("transformers"):
+            raise UserError("against=transformers needs it: pip install transformers")
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        try:
+            model_type = export.find_kind(model.cfg)
+        except UserError as error:
+            reason, _, _ = str(error).partition("\n")
+            raise UserError(f"against=transformers: {reason}") from None
+        cfg = export.configs(model.cfg, model_type)["config.json"]
+        cfg = AutoConfig.for_model(**cfg | {"vocab_size": model.cfg.vocab_size})
+        self.model = AutoModelForCausalLM.from_config(cfg)
+        weights = dict(model.named_parameters())
+        weights = KINDS[model_type].to_theirs(weights, model.cfg.n_layer)
+        self.model.load_state_dict(weights, strict=False)  # a tied head comes without a name
+        self.model.train()
+
+    def forward(self, idx, targets):
+        return self.model(idx, labels=targets, shift_labels=targets, use_cache=False).loss
+
+
+PEERS = {"plain": Plain, "transformers": Transformers}
+
+
+def peer_side(peer, cfg, loader, runtime, closing):
+    """The usual training loop, of a peer on the loader's batches -> (what takes a step,)."""
+    peer, micro_steps = peer.to(runtime.device), loader.G // loader.B
+    optimizer = gpt.make_optimizer(peer, cfg)
+    if isinstance(peer, Plain) and runtime.device.type != "cuda":  # as build-nanogpt chooses
+        for group in optimizer.param_groups:
+            group["fused"] = False
+    fast = runtime.compile(peer) if cfg.compile_model else peer
+    batches, steps = loader.stream(0, micro_steps), itertools.count()
+    closing.enter_context(contextlib.closing(batches))
+    max_steps = cfg.max_steps or loader.steps_per_epoch()
+
+    def step():
+        hardware.allow_attention("auto")
+        optimizer.zero_grad()
+        total = 0.0
+        for _ in range(micro_steps):
+            inputs, targets = (part.contiguous() for part in next(batches))
+            with runtime.autocast():
+                loss = fast(inputs, targets) / micro_steps
+            total += loss.detach()
+            loss.backward()
+        nn.utils.clip_grad_norm_(peer.parameters(), cfg.grad_clip or math.inf)
+        lr = gpt.lr_at(next(steps), cfg, max_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        runtime.synchronize()
+        return total.item()
+
+    return (step,)
+
+
+# ---------------------------------------------------------------- training and its memory
+
+
+def own_side(cfg, runtime, shards, closing, waits):
+    """train_gpt2.py's training, real to the last line -> (what takes a step, Loader, GPT)."""
+    state, fast, loader, micro_steps = gpt.set_up(cfg, runtime, shards)
+    cfg, batches = state.model.cfg, timed(loader.stream(0, micro_steps), waits)
+    closing.enter_context(contextlib.closing(batches))
+    max_steps = cfg.max_steps or loader.steps_per_epoch()
+
+    def step():
+        hardware.choose_attention(cfg, runtime)  # a peer has the default
+        lr = gpt.lr_at(state.step, cfg, max_steps)
+        loss, _, _ = gpt.train_step(fast, state, batches, micro_steps, lr, runtime)
+        runtime.synchronize()  # train_step leaves the optimizer running
+        return loss
+
+    return step, loader, state.model
+
+
+@contextlib.contextmanager
+def watch_memory(runtime):
+    """Yield a list that gets the most bytes held at once of those allocated meanwhile."""
+    peak = []
+    if runtime.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield peak
+        peak.append(torch.cuda.max_memory_allocated() - before)
+        return
+    with torch.profiler.profile(activities=[CPU], profile_memory=True) as profiler:
+        yield peak
+    events = profiler.profiler.kineto_results.events()
+    events = [event for event in events if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    peak.append(max(itertools.accumulate(sizes), default=0))
+
+
+def warm_up(make, runtime):
+    """Make a side and take two steps -> (what makes gave, figures)."""
+    begin = time.perf_counter()
+    with watch_memory(runtime) as peak:
+        made = make()
+        made[0]()
+        first_step = time.perf_counter() - begin
+        made[0]()  # the first with AdamW's moments
+    return made, {"first_step_s": first_step, "peak_memory_gib": peak[0] / 2**30}
+
+
+def profiled(step, folder):
+    """Trace one step into `folder` -> {operator: its own ms}, the longest first."""
+    kinds = [CPU, torch.profiler.ProfilerActivity.CUDA][: 1 + torch.cuda.is_available()]
+    with torch.profiler.profile(activities=kinds) as profiler:
+        step()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(Path(folder, "trace.json.gz")))
+    averages = profiler.key_averages()
+    own = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    table = averages.table(sort_by=own, row_limit=40, max_name_column_width=60)
+    Path(folder, "operators.txt").write_text(table, encoding="utf-8")
+    longest = sorted(averages, key=lambda a: getattr(a, own), reverse=True)[:12]
+    return {a.key: getattr(a, own) / 1000 for a in longest}
+
+
+def step_figures(seconds, tokens, flops, peak):
+    """Of the seconds that each step took: their middle, their spread, and what they come to."""
+    median, p10, p90 = np.percentile(seconds, [50, 10, 90]).tolist()
+    return {
+        "step_s_median": median,
+        "step_s_p10": p10,
+        "step_s_p90": p90,
+        "tokens_per_s": tokens / median,
+        "mfu": flops * tokens / median / peak if peak else None,
+    }
+
+
 def bench_train(options):
-    """optimizer steps: compiling, step time, tokens/s, MFU, memory, waiting for data"""
-    runtime = gpt.Runtime(options.device, options.dtype)
-    with contextlib.closing(runtime), training_data(options) as (cfg, data):
-        begin = time.perf_counter()
-        state, fast, loader, micro_steps = gpt.set_up(
-            cfg, runtime, gpt.TokenShards(cfg.data_dir, "train")
-        )
-        model, cfg, B, G = state.model, state.model.cfg, loader.B, loader.G
-        max_steps, waits = cfg.max_steps or loader.steps_per_epoch(), []
-        with contextlib.closing(loader.stream(0, micro_steps)) as stream:
-            batches = timed(stream, waits)
-
-            def step():
-                lr = gpt.lr_at(state.step, cfg, max_steps)
-                loss, _, _ = gpt.train_step(fast, state, batches, micro_steps, lr, runtime)
-                runtime.synchronize()  # train_step leaves the optimizer running
-                return loss
-
-            step()
-            first_step = time.perf_counter() - begin
-            seconds, losses = take_turns({"step": step}, cfg.steps)
-        median, p10, p90 = np.percentile(seconds["step"], [50, 10, 90]).tolist()
-        rate = G * cfg.block_size / median
+    """optimizer steps: compiling, step time, tokens/s, MFU, memory; beside a peer; profiled"""
+    runtime, name, waits = gpt.Runtime(options.device, options.dtype), options.against, []
+    if name != "none" and runtime.world > 1:
+        raise UserError(f"against={name} compares on one rank: leave torchrun out")
+    with (
+        contextlib.closing(runtime),
+        training_data(options) as (cfg, data),
+        contextlib.ExitStack() as closing,
+    ):
+        peer = PEERS[name](gpt.initial_model(cfg)) if name != "none" else None
+        shards = gpt.TokenShards(cfg.data_dir, "train")
+        make = functools.partial(own_side, cfg, runtime, shards, closing, waits)
+        (step, loader, model), own = warm_up(make, runtime)
+        kernel, flops = hardware.attention_kernel(model.cfg, runtime), model.flops_per_token()
+        sides, tokens = {"ours": step}, loader.G * loader.T
+        if peer:
+            make = functools.partial(peer_side, peer, model.cfg, loader, runtime, closing)
+            (sides[name],), theirs = warm_up(make, runtime)
+        del waits[:]
+        seconds, losses = take_turns(sides, cfg.steps)
         peak = hardware.peak_flops(runtime.device, runtime.dtype) * runtime.world
-        return {
+        micro_steps = loader.G // loader.B // runtime.world
+        figures = {
             **described(runtime, model),
             "data": data,
             "compiled": cfg.compile_model and not hardware.compile_obstacle(runtime.device),
-            "batch": f"{B} x {cfg.block_size} x {micro_steps} micro-steps",
-            "tokens_per_step": G * cfg.block_size,
-            "first_step_s": first_step,  # from making the model on, with compiling
-            "step_s_median": median,
-            "step_s_p10": p10,
-            "step_s_p90": p90,
-            "tokens_per_s": rate,
-            "mfu": model.flops_per_token() * rate / peak if peak else None,
-            "peak_memory_gib": runtime.peak_memory() / 2**30 or None,
-            "data_wait_s_per_step": sum(waits[micro_steps:]) / cfg.steps,
-            "last_loss": losses["step"],
+            "attention": kernel,
+            "batch": f"{loader.B} x {loader.T} x {micro_steps} micro-steps",
+            "tokens_per_step": tokens,
+            **own,
+            **step_figures(seconds["ours"], tokens, flops, peak),
+            "data_wait_s_per_step": sum(waits) / cfg.steps,
+            "last_loss": losses["ours"],
         }
+        if peer:
+            theirs |= step_figures(seconds[name], tokens, flops, peak)
+            theirs["last_loss"] = losses[name]
+            figures |= {f"{name}_{key}": value for key, value in theirs.items()}
+            ratio = f"ratio_to_{name}"
+            figures[ratio] = compare(seconds, tokens, "tokens")[ratio]
+        if cfg.profile:
+            figures["operators_ms"] = profiled(step, cfg.profile)
+        return figures
+
+
+@dataclass(frozen=True)
+class MemoryOptions(gpt.Config):
+    cards: tuple[int, ...] = (4, 8, 16, 24, 32, 80)  # sizes of GPUs, GiB
+    reserve: float = 0.75  # GiB of a card that CUDA, its libraries and fragments take
+    tokens: int = 1_000_000  # random ones to read where data_dir holds no shards
+    json: str = ""  # also write the figures to this file
+
+
+def bench_memory(options):
+    """peak memory by layers and sequences, from small models, and what fits on which card"""
+    runtime = gpt.Runtime(options.device, options.dtype)
+    if runtime.world > 1:
+        raise UserError("memory is measured on one rank: leave torchrun out")
+    with contextlib.closing(runtime), training_data(options) as (cfg, data):
+        shards = gpt.TokenShards(cfg.data_dir, "train")
+
+        def terms(layers, B, chunks):
+            """What the peak is a sum of: weights, activations, and one chunk's logits."""
+            tokens = B * cfg.block_size
+            rows = math.ceil(tokens / (chunks or math.ceil(tokens / 8192)))
+            return 1, layers, B, layers * B, rows / cfg.block_size
+
+        def measured(layers, B, chunks):
+            torch._dynamo.reset()
+            gc.collect()  # what goes while it is measured would count as less
+            size = dict(n_layer=layers, micro_batch_size=B, loss_chunks=chunks, grad_accum_steps=2)
+            with contextlib.ExitStack() as closing:
+                small = replace(cfg, **size)
+                make = functools.partial(own_side, small, runtime, shards, closing, [])
+                return warm_up(make, runtime)[1]["peak_memory_gib"]
+
+        points = [(1, 2, 1), (1, 4, 1), (2, 2, 1), (2, 4, 1), (1, 4, 2)]
+        parts = np.linalg.solve([terms(*p) for p in points], [measured(*p) for p in points])
+
+        def predicted(layers, B, chunks=cfg.loss_chunks):
+            return float(parts @ terms(layers, B, chunks))
+
+        # on a GPU there is room for the model itself
+        check = (cfg.n_layer, 4, 1) if runtime.device.type == "cuda" else (3, 3, 1)
+        found, L = measured(*check), cfg.n_layer
+        weights, per_layer, sequence, layer_sequence, logits = parts.tolist()
+        figures = described(runtime, gpt.GPT(cfg)) | {
+            "data": data,
+            "weights_gib": weights + L * per_layer,  # with gradients and AdamW's moments
+            "activations_gib_per_sequence": sequence + L * layer_sequence,
+            "logits_gib_per_sequence": logits,
+            "checked_at": f"{check[0]} layers, {check[1]} sequences",
+            "measured_gib": found,
+            "predicted_over_measured": predicted(*check) / found,
+        }
+        for card in options.cards:
+            room = card - options.reserve
+            fits = [B for B in (2**i for i in range(7)) if predicted(L, B) <= room]
+            most = max(fits, default=0)
+            told = f"{most} sequences, {predicted(L, most):.1f} GiB" if most else "too little"
+            figures[f"card_{card}_gib"] = told
+        return figures
+
+
+@dataclass(frozen=True)
+class PrecisionOptions(gpt.Config):
+    steps: int = 200  # optimizer steps of either side
+    json: str = ""  # also write the figures to this file
+
+
+def bench_precision(options):
+    """validation loss after some steps, as configured and in eager float32 from the same seed"""
+    plain = dict(dtype="float32", compile_model=False, attention="math", loss_chunks=1)
+    sides = {"as_configured": options, "float32": replace(options, **plain)}
+    figures = {}
+    for name, cfg in sides.items():
+        runtime = gpt.Runtime(cfg.device, cfg.dtype)
+        shards = (gpt.TokenShards(cfg.data_dir, split) for split in ("train", "val"))
+        train_shards, val_shards = shards
+        with contextlib.closing(runtime), contextlib.ExitStack() as closing:
+            step, loader, model = own_side(cfg, runtime, train_shards, closing, [])
+            for _ in tqdm(range(cfg.steps), name, delay=5, leave=False, disable=None):
+                step()
+            rows = max(1, loader.B // 2)
+            figures |= {} if figures else described(runtime, model) | {"data": cfg.data_dir}
+            figures[name] = gpt.evaluate_loss(model, val_shards, model.cfg, runtime, rows)
+    return figures | {"difference": figures["as_configured"] - figures["float32"]}
 
 
 def bench_loader(options):
@@ -445,19 +736,106 @@ def bench_sample(options):
     return figures | compare(seconds, length * options.batch, "tokens")
 
 
+# ---------------------------------------------------------------- all that a GPU is needed for
+
+
+@dataclass(frozen=True)
+class AllOptions:
+    minutes: float = 10.0  # no part goes on longer: the most telling come first
+    small: bool = False  # a rehearsal that a CPU can do: the tiny config for GPT-2 (124M)
+    data: str = ""  # a hellaswag_val.jsonl at hand; "" = the original, fetched once (12 MB)
+    json: str = "bench.json"  # the figures; also written after each part
+
+
+TRY = "train_gpt2.py configs/tiny.toml --data_dir={folder}/docs --log_dir={folder}/log"
+PARTS = {  # the most telling first
+    "docs": "fineweb.py --source=python-docs --out_dir={folder}/docs",
+    "run": f"{TRY} --run_name=x --max_steps={{some}} --checkpoint_interval=50",
+    "resume": f"{TRY} --run_name=x --max_steps={{more}} --resume=True",
+    "plain": "bench.py train {config} --steps={steps} --against=plain --profile={folder}",
+    "transformers": "bench.py train {config} --steps={steps} --against=transformers",
+    "sample": "bench.py sample {model} --max_new_tokens={length}",
+    "sample_64": "bench.py sample {model} --max_new_tokens={length} --batch=64",
+    "hellaswag": "bench.py hellaswag {model} --examples={tasks} --rounds=1 --data={data}",
+    "precision": "bench.py precision configs/tiny.toml --data_dir={folder}/docs --steps={some}",
+    "base": "bench.py train {config} {few} --steps={steps}",  # for the rest to compare with
+    "one_chunk": "bench.py train {config} {few} --steps={steps} --loss_chunks=1",
+    "flash": "bench.py train {config} {few} --steps={steps} --attention=flash",
+    "cudnn": "bench.py train {config} {few} --steps={steps} --attention=cudnn",
+    "half_batch": "bench.py train {config} {few} --steps={steps} --micro_batch_size={half}",
+    "saving": "bench.py train {config} {few} --steps={steps} --gradient_checkpointing=True",
+    "memory": "bench.py memory {config}",
+    "eager": "bench.py train {config} {few} --steps={steps} --compile_model=False",
+    "xl": "bench.py train {xl} --micro_batch_size=4 --grad_accum_steps=2 --steps=3 "
+    "--gradient_checkpointing=True --compile_model=False",
+    "descent": "TORCHINDUCTOR_COORDINATE_DESCENT_TUNING=1 bench.py train {config} {few}",
+    "autotune": "TORCHINDUCTOR_MAX_AUTOTUNE=1 bench.py train {config} {few}",
+}
+FULL = dict(
+    config="configs/gpt2_124m.toml", few="--total_batch_size=131072", half=32, steps=10,
+    model="--n_layer=12 --n_head=12 --n_embd=768", length=512, tasks=0, some=200, more=202,
+    xl="configs/gpt2_xl.toml",
+)  # fmt: skip
+REHEARSAL = dict(
+    config="configs/tiny.toml", few="--total_batch_size=1024", half=4, steps=2,
+    model="--n_layer=2 --n_head=2 --n_embd=64", length=32, tasks=20, some=4, more=6,
+    xl="configs/tiny.toml",
+)  # fmt: skip
+
+
+def run_part(command, seconds, path):
+    """A command's figures (or last lines), and how long it took; or why there are none."""
+    words, env, begin = command.split(), dict(os.environ), time.perf_counter()
+    while not words[0].endswith(".py"):
+        key, _, env[key] = words.pop(0).partition("=")
+    words += [f"--json={path}"] if words[0] == "bench.py" else []
+    how = dict(capture_output=True, text=True, encoding="utf-8", timeout=seconds)
+    how |= dict(cwd=Path(__file__).parent, env=env)
+    try:
+        done = subprocess.run([sys.executable, *words], **how)
+    except subprocess.TimeoutExpired:
+        return {"not_done": f"stopped after {seconds:.0f} s"}
+    told = {"command": command, "seconds": time.perf_counter() - begin}
+    if done.returncode:
+        return told | {"error": " / ".join(done.stderr.strip().splitlines()[-3:])}
+    if path.exists():
+        return told | json.loads(path.read_text(encoding="utf-8"))
+    return told | {"output": " / ".join(done.stdout.strip().splitlines()[-4:])}
+
+
+def bench_all(options):
+    """everything that a GPU is needed to know, in ten minutes and one JSON"""
+    end, figures = time.perf_counter() + 60 * options.minutes, {}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        values = (REHEARSAL if options.small else FULL) | {"folder": folder, "data": options.data}
+        for name, command in PARTS.items():
+            left, path = end - time.perf_counter(), Path(folder, f"{name}.json")
+            figures[name] = {"not_done": "no time was left"}
+            if left > 1:
+                figures[name] = run_part(command.format(**values), left, path)
+            print(f"\n{name}", flush=True)
+            show(figures[name])
+            fineweb.write_json(options.json, figures)
+    return figures | {"failed": [name for name in figures if "error" in figures[name]]}
+
+
 # ---------------------------------------------------------------- main
 
 COMMANDS = {
     "train": (bench_train, TrainOptions),
+    "memory": (bench_memory, MemoryOptions),
+    "precision": (bench_precision, PrecisionOptions),
     "loader": (bench_loader, TrainOptions),
     "tokenize": (bench_tokenize, TokenizeOptions),
     "hellaswag": (bench_hellaswag, HellaSwagOptions),
     "sample": (bench_sample, SampleOptions),
+    "all": (bench_all, AllOptions),
 }
 AT_LEAST_ONE = ("steps", "tokens", "rounds", "max_new_tokens", "batch")
 
 
 def main():
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch 2.13's profiler tells when it starts
     name, *argv = sys.argv[1:] or [""]
     if name not in COMMANDS:
         print(__doc__)
@@ -465,7 +843,7 @@ def main():
             print(f"    {command:10} {bench.__doc__}")
         sys.exit(0 if name in ("-h", "--help") else 2)
     bench, kind = COMMANDS[name]
-    if kind is TrainOptions:
+    if issubclass(kind, gpt.Config):
         options, _ = gpt.load_config(argv, kind, __doc__)
     else:
         options = fineweb.command_line(kind, __doc__, argv, prog=f"bench.py {name}")
@@ -473,8 +851,14 @@ def main():
         if key in AT_LEAST_ONE and value < 1:
             raise UserError(f"{key}={value} must be 1 or more")
     figures = bench(options)
-    if os.environ.get("RANK", "0") == "0":
-        report({"bench": name, **figures}, options.json)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    show(figures if name != "all" else {"failed": figures["failed"]})
+    show(environment())
+    if options.json:
+        fineweb.write_json(options.json, {"bench": name, **figures, **environment()})
+    if figures.get("failed"):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
+import gzip
 import importlib.util
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -16,6 +18,7 @@ from fineweb import UserError
 
 TASKS = Path(__file__).parent / "data" / "hellaswag_own.jsonl"
 TINY_MODEL = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=128", "--device=cpu"]
+TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 VERSIONS = {"bench", "threads", "cores", "machine", "python", "torch", "numpy", "tiktoken"}
 
 
@@ -49,7 +52,7 @@ def test_no_command_lists_them_all_and_fails(run_cli):
     done = run_cli("bench.py")
     assert done.returncode == 2
     listed = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("    ")]
-    assert listed[-5:] == ["train", "loader", "tokenize", "hellaswag", "sample"]
+    assert listed[-8:] == list(bench.COMMANDS)
 
 
 @pytest.mark.parametrize("name, code", [("fly", 2), ("--help", 0), ("-h", 0)])
@@ -76,15 +79,21 @@ def test_zero_timings_are_refused_by_name(name, option, figures):
         figures(name, f"--{option}=0")
 
 
-def test_json_holds_what_the_table_shows(capsys, tmp_path):
+def test_json_holds_what_the_table_shows(capsys, monkeypatch, tmp_path):
     path = tmp_path / "new" / "x.json"
-    figures = {"bench": "x", "rate": 1234.56, "small": 0.0012345, "n": 7, "mfu": None, "same": True}
-    bench.report(dict(figures), path)
-    table = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    figures = {"rate": 1234.56, "small": 0.0012345, "n": 7, "mfu": None, "same": True}
+    figures["parts"] = {"a": 2.5, "b": "word"}
+    monkeypatch.setattr(bench, "bench_sample", lambda options: figures)
+    monkeypatch.setitem(bench.COMMANDS, "sample", (bench.bench_sample, bench.SampleOptions))
+    monkeypatch.setattr(sys, "argv", ["bench.py", "sample", f"--json={path}"])
+    bench.main()
+    lines = capsys.readouterr().out.splitlines()
+    table = dict(line.split(maxsplit=1) for line in lines if line != "parts")
     written = json.loads(path.read_text())
-    assert written | figures == written and set(written) == set(table) - {"wrote"}
-    shown = [table[key] for key in figures]
-    assert shown == ["x", "1,235", "0.001234", "7", "unknown", "True"]
+    assert written | figures == written
+    assert set(written) | {"a", "b"} == set(table) - {"wrote"} | {"bench", "parts"}
+    shown = [table[key] for key in ("rate", "small", "n", "mfu", "same", "a", "b")]
+    assert shown == ["1,235", "0.001234", "7", "unknown", "True", "2.5", "word"]
 
 
 # ---------------------------------------------------------------- timing
@@ -123,7 +132,7 @@ def test_waiting_for_data_is_what_the_iterator_takes():
 
 def test_timed_steps_are_those_of_training(figures, tiny_run, train):
     _, streams = train(tiny_run)
-    written = figures("train", *flags(tiny_run), f"--steps={tiny_run.max_steps - 1}")
+    written = figures("train", *flags(tiny_run), f"--steps={tiny_run.max_steps - 2}")
     assert written["last_loss"] == streams["train"][tiny_run.max_steps - 1]
     assert written["data"] == tiny_run.data_dir
     assert written["tokens_per_step"] == 128 and written["batch"] == "4 x 16 x 2 micro-steps"
@@ -133,6 +142,175 @@ def test_timed_steps_are_those_of_training(figures, tiny_run, train):
     assert written["tokens_per_s"] == pytest.approx(128 / written["step_s_median"])
     assert written["mfu"] is None and written["compiled"] is False
     assert not (Path(tiny_run.log_dir) / "bench").exists()
+
+
+# What a peer trains is worth comparing only if it is the same: loss, gradients and steps.
+GPT2_IDS = dict(vocab_size=50304, n_embd=16)  # transformers' peer has GPT-2's vocabulary
+
+
+LLAMA = dict(mlp="swiglu", norm="rmsnorm", bias=False, pos_embedding="rope")
+
+
+@pytest.mark.parametrize(
+    "name, keys",
+    [("plain", {}), ("transformers", GPT2_IDS), ("transformers", LLAMA | GPT2_IDS)],
+)
+def test_a_peer_computes_the_same_loss_and_gradients(name, keys, tiny, make_model):
+    model = make_model(replace(tiny, **keys)).train()
+    idx = torch.randint(512, (2, 17), generator=torch.Generator().manual_seed(0))
+    inputs, targets = idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
+    peer = bench.PEERS[name](model)
+    losses = model(inputs, targets), peer(inputs, targets)
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
+    # the token embedding's depends on the gradients of all that is above it
+    wte = [torch.autograd.grad(loss, next(side.parameters()))[0]
+           for loss, side in zip(losses, (model, peer), strict=True)]  # fmt: skip
+    torch.testing.assert_close(*wte, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["plain", "transformers"])
+def test_a_peer_takes_the_same_steps_beside_ours(name, figures, tiny, tmp_path):
+    cfg = replace(tiny, **GPT2_IDS, data_dir=str(tmp_path / "missing"), max_steps=20)
+    written = figures("train", *flags(cfg), "--tokens=200", "--steps=4", f"--against={name}")
+    assert written[f"{name}_last_loss"] == pytest.approx(written["last_loss"], rel=1e-5)
+    assert written["last_loss"] < 10.8
+    times = ("step_s_median", "tokens_per_s", "first_step_s", "peak_memory_gib")
+    assert_positive(written, f"ratio_to_{name}", *times, *(f"{name}_{key}" for key in times))
+
+
+@pytest.mark.parametrize("name, keys, reason", [
+    ("plain", ["--qk_norm=True", "--mlp=relu2"], "no mlp=relu2, qk_norm=True"),
+    ("transformers", ["--logit_softcap=5"], "has no logit_softcap=5.0"),
+])  # fmt: skip
+def test_a_peer_of_another_architecture_is_refused(name, keys, reason, figures, tmp_path):
+    with pytest.raises(UserError, match=f"against={name}.*{reason}$"):
+        figures("train", *keys, f"--against={name}", f"--data_dir={tmp_path}", *TINY_MODEL)
+
+
+def test_peers_are_not_for_several_ranks(run_cli):
+    done = run_cli("bench.py", "train", "--against=plain", "--device=cpu", launcher=TWO_RANKS)
+    assert done.returncode and "against=plain compares on one rank" in done.stderr
+
+
+def test_peak_memory_counts_what_is_held_at_once(runtime):
+    torch.zeros(1000)
+    kept = []
+    with bench.watch_memory(runtime) as peak:
+        kept.append(torch.zeros(1000))
+        for _ in range(3):
+            torch.zeros(5000)
+    assert peak == [4 * 6000]
+
+
+def test_a_profile_leaves_a_trace_and_the_longest_operators(figures, tiny_run, tmp_path):
+    folder = tmp_path / "profile"
+    written = figures("train", *flags(tiny_run), "--steps=1", f"--profile={folder}")
+    with gzip.open(folder / "trace.json.gz", "rt", encoding="utf-8") as trace:
+        names = {event.get("name") for event in json.load(trace)["traceEvents"]}
+    operators = written["operators_ms"]
+    assert "aten::mm" in operators and "aten::mm" in names
+    assert list(operators.values()) == sorted(operators.values(), reverse=True)
+    assert "aten::mm" in (folder / "operators.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_is_foretold_from_small_models(figures, tiny, tmp_path, checkpointing):
+    cfg = replace(tiny, n_layer=5, vocab_size=2048, gradient_checkpointing=checkpointing)
+    cfg = replace(cfg, data_dir=str(tmp_path), block_size=64, n_embd=64)
+    options = [*flags(cfg), "--tokens=5000", "--cards", "1", "2", "--reserve=0.995"]
+    written = figures("memory", *options)
+    assert written["predicted_over_measured"] == pytest.approx(1, abs=0.15)
+    more = replace(cfg, micro_batch_size=6, grad_accum_steps=2)
+    found = figures("train", *flags(more), "--tokens=5000", "--steps=1")["peak_memory_gib"]
+    parts = ("activations_gib_per_sequence", "logits_gib_per_sequence")
+    assert_positive(written, "weights_gib", *parts)
+    foretold = written["weights_gib"] + 6 * sum(written[key] for key in parts)
+    assert foretold == pytest.approx(found, rel=0.15)
+    assert written["card_2_gib"].startswith("64 sequences")
+
+
+def test_a_card_too_small_is_told(figures, tiny, tmp_path):
+    options = [*flags(replace(tiny, data_dir=str(tmp_path))), "--tokens=5000"]
+    assert figures("memory", *options, "--cards", "1", "--reserve=1")["card_1_gib"] == "too little"
+
+
+def test_precision_is_the_difference_to_float32(figures, tiny_run):
+    written = figures("precision", *flags(replace(tiny_run, dtype="bfloat16")), "--steps=4")
+    assert 0 < abs(written["difference"]) < 0.05
+    assert written["difference"] == written["as_configured"] - written["float32"]
+    assert abs(figures("precision", *flags(tiny_run), "--steps=4")["difference"]) < 1e-6
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def options_of(command):
+    """A part's script and what it is given; UserError or SystemExit if that is no command."""
+    words = [word for word in command.split() if not word.isupper()]
+    while "=" in words[0]:
+        del words[0]
+    script, *argv = words
+    if script == "fineweb.py":
+        return script, fineweb.command_line(fineweb.Options, "", argv)
+    if script == "train_gpt2.py":
+        return script, gpt.load_config(argv)[0]
+    name, *argv = argv
+    kind = bench.COMMANDS[name][1]
+    if issubclass(kind, gpt.Config):
+        return script, gpt.load_config(argv, kind)[0]
+    return script, fineweb.command_line(kind, "", argv)
+
+
+@pytest.mark.parametrize("values", [bench.FULL, bench.REHEARSAL], ids=["full", "rehearsal"])
+@pytest.mark.parametrize("name", bench.PARTS)
+def test_each_part_is_a_command(name, values, monkeypatch):
+    monkeypatch.chdir(Path(bench.__file__).parent)
+    script, options = options_of(bench.PARTS[name].format(**values, folder="/tmp/x", data=""))
+    assert Path(script).exists() and options
+    if values is bench.FULL and name in ("plain", "transformers", "base", "memory"):
+        assert gpt.GPT.__name__ and (options.n_layer, options.n_embd) == (12, 768)
+
+
+def test_parts_that_fail_or_take_too_long_leave_the_others_figures(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "PARTS", {
+        "fails": "train_gpt2.py --n_embd=7",
+        "sample": "OMP_NUM_THREADS=1 bench.py sample {model} --max_new_tokens=2 --rounds=1",
+        "never_ends": "train_gpt2.py configs/tiny.toml --log_dir={folder} --data_dir={data}",
+        "too_late": "bench.py sample",
+    })  # fmt: skip
+    path = tmp_path / "all.json"
+    argv = ["all", "--small=True", "--minutes=0.5", f"--data={tmp_path}", f"--json={path}"]
+    monkeypatch.setattr(sys, "argv", ["bench.py", *argv])
+    waiting = subprocess.run
+
+    def run(command, timeout, **how):
+        if "configs/tiny.toml" in command:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return waiting(command, timeout=timeout, **how)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    clock = iter([0, 1, 1, 2, 2, 3, 10, 10, 11, 29.5])
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
+    assert ended.value.code == 1
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert "n_embd=7 is not a multiple" in written["fails"]["error"]
+    assert written["sample"]["cached_tokens_per_s"] > 0 and written["sample"]["threads"] == 1
+    assert written["never_ends"] == {"not_done": "stopped after 20 s"}
+    assert written["too_late"] == {"not_done": "no time was left"}
+    assert written["failed"] == ["fails"] and set(written) >= VERSIONS
+    assert "n_embd=7" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_rehearsal_of_all_leaves_every_part_s_figures(run_cli, tmp_path):
+    path = tmp_path / "all.json"
+    argv = ["all", "--small=True", "--minutes=15", f"--data={TASKS}", f"--json={path}"]
+    assert run_cli("bench.py", *argv, seconds=900).returncode == 0
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert written["failed"] == [] and set(written) >= set(bench.PARTS)
+    assert {name for name in bench.PARTS if "not_done" in written[name]} == set()
 
 
 @pytest.mark.parametrize("name", ["train", "loader"])
@@ -160,10 +338,9 @@ def test_loader_is_set_beside_what_training_needs(figures, tiny_run):
 
 @pytest.mark.slow
 def test_two_ranks_report_once(run_cli, tiny_run, tmp_path):
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     path = tmp_path / "two.json"
     options = [*flags(tiny_run), "--steps=3", f"--json={path}"]
-    done = run_cli("bench.py", "train", *options, launcher=torchrun)
+    done = run_cli("bench.py", "train", *options, launcher=TWO_RANKS)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("tokens_per_step") == 1
     written = json.loads(path.read_text(encoding="utf-8"))
