@@ -45,7 +45,7 @@ import pretrained
 import runs
 import trackers
 from fineweb import END_OF_TEXT, UserError, command_line, replacing, run
-from hardware import best_dtype, compile_obstacle, find_device, peak_flops
+from hardware import compile_obstacle, find_device, find_dtype, keep_memory, peak_flops
 from runs import checkpoints
 
 # ---------------------------------------------------------------- configuration
@@ -191,14 +191,14 @@ class Runtime:
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.device = find_device(device)
-        self.dtype = (
-            best_dtype(self.device, self.print) if dtype == "auto" else getattr(torch, dtype)
-        )
+        self.dtype = find_dtype(dtype, self.device, self.print)
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.set_device(self.device)
             # float32 asked for by name stays float32, else what is left of it may be TF32
             torch.set_float32_matmul_precision("highest" if dtype == "float32" else "high")
+        else:
+            keep_memory()
         self.synchronize = torch.cuda.synchronize if cuda else lambda: None
         self.peak_memory = torch.cuda.max_memory_allocated if cuda else lambda: 0  # bytes
         if self.world > 1:

@@ -1,6 +1,7 @@
 import importlib.util
 import math
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -645,7 +646,7 @@ def test_precision_and_compiler_follow_the_compute_capability(
     monkeypatch, runtime, capsys, capability, dtype
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert hardware.best_dtype(torch.device("cuda"), runtime.print) == getattr(torch, dtype)
+    assert hardware.find_dtype("auto", torch.device("cuda"), runtime.print) == getattr(torch, dtype)
     assert ("no bfloat16" in capsys.readouterr().out) == (dtype == "float16")
 
 
@@ -677,6 +678,28 @@ def test_peak_flops_are_the_gpus_or_unknown(monkeypatch, name, teraflops):
     assert train_gpt2.peak_flops(cuda, torch.bfloat16) == teraflops * 1e12
     assert train_gpt2.peak_flops(cuda, torch.float32) == 0
     assert train_gpt2.peak_flops(torch.device("cpu"), torch.bfloat16) == 0
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a malloc of another kind")
+@pytest.mark.parametrize("make_runtime, kept", [("", False), ("Runtime('cpu')", True)])
+def test_run_on_a_cpu_keeps_the_memory_it_frees(make_runtime, kept):
+    code = f"""
+import os, torch
+from train_gpt2 import Runtime
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+{make_runtime}
+x = torch.ones(2**25)  # 128 MB
+before = resident()
+del x
+print(before - resident() < 2**26)
+"""
+    where = Path(train_gpt2.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=where, capture_output=True, text=True)
+    assert done.stdout.split() == [str(kept)], done.stderr
 
 
 # ---------------------------------------------------------------- foreign checkpoints
