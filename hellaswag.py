@@ -152,7 +152,7 @@ def predictions(model, tasks, device="cpu", rank=0, world=1, batch_tokens=0):
     from tqdm import tqdm
 
     cuda = torch.device(device).type == "cuda"
-    batch_tokens = batch_tokens or (32_768 if cuda else 1024)
+    batch_tokens = batch_tokens or (32_768 if cuda else 2048)
     # Of like length, so little is padding; longest first, so that lack of memory shows at once.
     packed = {i: pack(task, model.cfg.block_size) for i, task in enumerate(tasks)}
     order, batches = sorted(packed, key=lambda i: -len(packed[i].tokens)), []
@@ -170,9 +170,7 @@ def surprise(model, packed, device="cpu"):
     """Of each packed task's four endings: minus the log-probability, float64, and the tokens."""
     inputs, row, column, targets, ending = collate(packed, device)
     x = model.features(*inputs)[row, column]  # (n, C), only where an ending's token is next
-    # 50,304 logits a row: so many rows at a time as a processor's cache holds
-    rows = 1024 if x.is_cuda else 64
-    parts = zip(x.split(rows), targets.split(rows), strict=True)
+    parts = zip(x.split(512), targets.split(512), strict=True)  # 100 MB of logits at a time
     nll = [F.cross_entropy(model.text_logits(x).float(), t, reduction="none") for x, t in parts]
     total = torch.zeros(4 * len(packed), dtype=torch.float64, device=device)
     return total.index_add_(0, ending, torch.cat(nll).double()), ending.bincount()
