@@ -103,7 +103,9 @@ def fit_micro_batch(model, B, block_size, runtime):
         except torch.OutOfMemoryError:
             return 0.0
 
-    moments = [torch.empty_like(p) for p in model.parameters() for _ in "mv"]  # AdamW's, to come
+    # to come: AdamW's two moments, and DDP's buckets beside gradients that accumulate
+    to_come = 2 + (runtime.world > 1)
+    held = [torch.empty_like(p) for p in model.parameters() for _ in range(to_come)]
     while runtime.sum(torch.tensor(fits())).item() < runtime.world:
         if B == 1:
             raise UserError("memory is short for even one sequence: lower block_size or the model")
@@ -111,7 +113,7 @@ def fit_micro_batch(model, B, block_size, runtime):
         model.zero_grad(set_to_none=True)
         runtime.forget_memory()
     model.zero_grad(set_to_none=True)
-    del moments
+    del held
     runtime.forget_memory()
     runtime.print(f"micro_batch_size={B}: it fits, divides a step, and is at most 64")
     return B

@@ -595,15 +595,15 @@ def sample_token(logits, seen, how, generator):
     if how.temperature < 1e-6:  # what divides by less has no numbers
         return logits.argmax(-1, keepdim=True)
     logits, most = logits / how.temperature, logits.size(-1)
-    if not how.top_k and how.top_p == 1.0:
-        return torch.multinomial(logits.softmax(-1), 1, generator=generator)
-    few = 1024 if how.top_p < 1.0 else most  # to sort all of them takes longer than the model
-    top = logits.softmax(-1).topk(min(how.top_k or few, most))
-    if not how.top_k and top.values.sum(-1).min() < how.top_p:
-        top = logits.softmax(-1).sort(descending=True)
-    probs, ids = top.values, top.indices  # the likeliest first
     if how.top_k:
-        probs = probs / probs.sum(-1, keepdim=True)
+        logits, ids = logits.topk(min(how.top_k, most))  # the likeliest first
+        probs = logits.softmax(-1)
+    elif how.top_p < 1.0:
+        probs, ids = logits.softmax(-1).topk(min(1024, most))  # sorting all takes longer
+        if probs.sum(-1).min() < how.top_p:
+            probs, ids = logits.softmax(-1).sort(descending=True)
+    else:
+        return torch.multinomial(logits.softmax(-1), 1, generator=generator)
     probs = probs.masked_fill(probs.cumsum(-1) - probs >= how.top_p, 0.0)
     return ids.gather(1, torch.multinomial(probs, 1, generator=generator))
 
