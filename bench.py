@@ -101,8 +101,8 @@ def show(figures):
 def environment():
     """What else the figures were taken with."""
     figures = {"threads": torch.get_num_threads(), "cores": os.cpu_count()}
-    figures |= {"machine": platform.machine(), "python": platform.python_version()}
-    return figures | hardware.versions()
+    figures |= {"machine": platform.machine(), "cpu": torch.backends.cpu.get_cpu_capability()}
+    return figures | {"python": platform.python_version()} | hardware.versions()
 
 
 # ---------------------------------------------------------------- training and its data

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -155,9 +156,9 @@ def predictions(model, tasks, device="cpu", rank=0, world=1, batch_tokens=0):
     batch_tokens = batch_tokens or (32_768 if cuda else 2048)
     # Of like length, so little is padding; longest first, so that lack of memory shows at once.
     packed = {i: pack(task, model.cfg.block_size) for i, task in enumerate(tasks)}
-    order, batches = sorted(packed, key=lambda i: -len(packed[i].tokens)), []
+    order, batches = sorted(packed, key=lambda i: -packed[i].inputs.shape[1]), []
     while order:
-        count = max(1, batch_tokens // padded(len(packed[order[0]].tokens)))
+        count = max(1, batch_tokens // padded(packed[order[0]].inputs.shape[1]))
         batches, order = [*batches, order[:count]], order[count:]
     batches = batches[rank::world]
     for batch in tqdm(batches, "HellaSwag", delay=5, mininterval=1, leave=False, disable=rank != 0):
@@ -191,10 +192,8 @@ class Packed(NamedTuple):
     after the context and sees the context and itself, so all is as if it were the only one.
     """
 
-    tokens: list
-    position: list
-    segment: list  # 0 in the context, 1 to 4 in the endings
-    scored: list  # (place that predicts it, token id, its ending 0 to 3) of each ending's token
+    inputs: np.ndarray  # (3, n): token ids, positions, segments: 0 the context, 1 to 4 the endings
+    scored: np.ndarray  # (3, m): where an ending's token is predicted, its id, its ending 0 to 3
 
 
 def pack(task, block_size):
@@ -202,14 +201,14 @@ def pack(task, block_size):
     endings = [ending[:block_size] for ending in task.endings]
     context = task.context[-(block_size + 1 - max(map(len, endings))) :]
     c = len(context)
-    tokens, position, segment, scored = list(context), [*range(c)], [0] * c, []
+    tokens, position, segment, places = list(context), [*range(c)], [0] * c, []
     for i, ending in enumerate(endings):
-        places = [c - 1, *range(len(tokens), len(tokens) + len(ending) - 1)]
-        scored += [(place, token, i) for place, token in zip(places, ending, strict=True)]
+        places += [c - 1, *range(len(tokens), len(tokens) + len(ending) - 1)]
         tokens += ending[:-1]
         position += range(c, c + len(ending) - 1)
         segment += [i + 1] * (len(ending) - 1)
-    return Packed(tokens, position, segment, scored)
+    scored = places, np.concatenate(endings), np.repeat(range(4), [*map(len, endings)])
+    return Packed(np.array((tokens, position, segment)), np.array(scored))
 
 
 def padded(length):
@@ -222,16 +221,16 @@ def collate(rows, device):
 
     That is row, column, target and ending (0 to 4R - 1), each (n,).
     """
-    filled = torch.zeros(
-        3, len(rows), padded(max(len(row.tokens) for row in rows)), dtype=torch.long
-    )
+    filled = np.zeros((3, len(rows), padded(max(row.inputs.shape[1] for row in rows))), np.int64)
     for r, row in enumerate(rows):  # padding stands right of all that sees, and sees a context
-        filled[:, r, : len(row.tokens)] = torch.tensor([row.tokens, row.position, row.segment])
-    scored = [(r, at, t, 4 * r + i) for r, row in enumerate(rows) for at, t, i in row.scored]
-    tokens, position, segment = filled.to(device)
+        filled[:, r, : row.inputs.shape[1]] = row.inputs
+    r = np.repeat(range(len(rows)), [row.scored.shape[1] for row in rows])
+    column, target, ending = np.concatenate([row.scored for row in rows], axis=1)
+    scored = torch.from_numpy(np.stack((r, column, target, 4 * r + ending))).to(device)
+    tokens, position, segment = torch.from_numpy(filled).to(device)
     own, context = segment[:, None] == segment[:, :, None], segment[:, None] == 0  # of a key
     mask = (own | context).tril()[:, None]
-    return (tokens, position, mask), *torch.tensor(scored, device=device).T
+    return (tokens, position, mask), *scored
 
 
 def evaluate(model, tasks, device="cpu", rank=0, world=1, batch_tokens=0):
