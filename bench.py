@@ -42,8 +42,9 @@ import export
 import fineweb
 import hardware
 import hellaswag
+import reading
 import train_gpt2 as gpt
-from fineweb import UserError
+from common import UserError, command_line, run, write_json
 from pretrained import KINDS
 from sample import best_step
 
@@ -537,7 +538,7 @@ def bench_tokenize(options):
         inputs = options.input
         if not inputs:  # once, as collecting them takes longer than tokenizing them
             inputs = [f"{folder}/python_docs.jsonl"]
-            lines = (json.dumps({"text": text}) + "\n" for text in fineweb.python_docs())
+            lines = (json.dumps({"text": text}) + "\n" for text in reading.python_docs())
             Path(inputs[0]).write_text("".join(lines), encoding="utf-8")
         Path(folder, "little.txt").write_text("a little text " * 20_000, encoding="utf-8")
         run = functools.partial(run_fineweb, options, folder)
@@ -606,7 +607,7 @@ def time_parts(inputs):
         return fineweb.encode(texts.to_pylist())
 
     encode = gigatoken if importlib.util.find_spec("gigatoken") else tiktoken
-    encode(fineweb.large_strings(["what a first call sets up"]))
+    encode(reading.large_strings(["what a first call sets up"]))
     while block := timed("reading", next, blocks, None):
         texts = timed("parsing", block.load)
         timed(encode.__name__, encode, texts)
@@ -819,7 +820,7 @@ def bench_all(options):
                 figures[name] = run_part(command.format(**values), left, path)
             print(f"\n{name}", flush=True)
             show(figures[name])
-            fineweb.write_json(options.json, figures)
+            write_json(options.json, figures)
     return figures | {"failed": [name for name in figures if "error" in figures[name]]}
 
 
@@ -850,7 +851,7 @@ def main():
     if issubclass(kind, gpt.Config):
         options, _ = gpt.load_config(argv, kind, __doc__)
     else:
-        options = fineweb.command_line(kind, __doc__, argv, prog=f"bench.py {name}")
+        options = command_line(kind, __doc__, argv, prog=f"bench.py {name}")
     for key, value in asdict(options).items():
         if key in AT_LEAST_ONE and value < 1:
             raise UserError(f"{key}={value} must be 1 or more")
@@ -860,10 +861,10 @@ def main():
     show(figures if name != "all" else {"failed": figures["failed"]})
     show(environment())
     if options.json:
-        fineweb.write_json(options.json, {"bench": name, **figures, **environment()})
+        write_json(options.json, {"bench": name, **figures, **environment()})
     if figures.get("failed"):
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    fineweb.run(main)
+    run(main)

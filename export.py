@@ -18,7 +18,8 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from fineweb import END_OF_TEXT, TABLE, UserError, check_disk, command_line, run, to_toml
+from common import UserError, check_disk, command_line, run, to_toml
+from fineweb import END_OF_TEXT, TABLE
 from pretrained import KINDS
 from train_gpt2 import VOCABULARY, load_model, read_checkpoint
 

@@ -14,44 +14,39 @@ was stopped, started again it goes on from the last shard and ends with the same
 files -> blocks of texts (Arrow strings) -> tokens (uint16) -> shards -> manifest.json
 """
 
-import ast
 import base64
 import collections
 import contextlib
 import datetime
-import errno
 import functools
-import glob
 import hashlib
 import importlib.util
-import io
 import itertools
 import json
 import mmap
 import multiprocessing
 import os
 import platform
-import random
 import re
 import shlex
 import shutil
 import signal
-import sys
-import sysconfig
 import threading
 import time
-import tomllib
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import tiktoken
-import tyro
 from tiktoken_ext.openai_public import r50k_pat_str
+
+import reading
+from common import UserError, check_disk, command_line, replacing, run
+from reading import PIECE, count, large_strings, local_files
 
 TABLE = Path(__file__).parent / "assets" / "gpt2.tiktoken"  # `<token in base64> <id>` a line
 MARK = "<|endoftext|>"
@@ -61,77 +56,6 @@ BIN_MAGIC, BIN_VERSION = 20240520, 1
 MANIFEST = "manifest.json"
 VERSION = 1  # of this tool, for the manifest: raised when the same text would give other shards
 GPT2_BATCH = 524_288  # tokens an optimizer step of GPT-2 (124M), about the paper's 0.5M
-
-
-# ---------------------------------------------------------------- what every command here shares
-
-
-class UserError(Exception):
-    """A mistake the user can mend: one or two lines that say what, where and what to do."""
-
-
-DISK = [getattr(errno, name, 0) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS")]
-
-
-def run(main):
-    """Call a command's main; a UserError ends it with its message and exit code 2."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character that a text has
-    try:
-        main()
-    except (UserError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
-        if os.environ.get("RANK", "0") != "0":
-            # a mistake of all ranks ends rank 0, and with it this one before it repeats it
-            time.sleep(3)
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # whoever read the output has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as error:
-        if error.errno not in DISK:
-            raise
-        print(f"error: {error}: mend that and run the same command again", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def command_line(options, description, args=None, prog=None):
-    """Parse `--key=value` (or `--key value`) into a dataclass; its comments are the help."""
-    return tyro.cli(
-        options,
-        prog=prog,
-        args=args,
-        description=description,
-        config=(tyro.conf.FlagConversionOff,),
-        use_underscores=True,
-        console_outputs=os.environ.get("RANK", "0") == "0",
-    )
-
-
-def toml_flags(path, options):
-    """The TOML file's `key = value` lines as --key=value flags."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path} cannot be read: {error}") from None
-    if nested := [key for key, value in values.items() if isinstance(value, dict | list)]:
-        raise UserError(f"config {path}: {nested[0]} is no plain value; write key = value")
-    args = [f"--{key}={value}" for key, value in values.items()]
-    try:
-        command_line(options, "", args)
-    except SystemExit:
-        raise UserError(f"that is in {path}") from None
-    return args
-
-
-def to_toml(options):
-    """A dataclass of plain values as TOML; `resume` is a command, not a setting."""
-    values = {key: value for key, value in asdict(options).items() if key != "resume"}
-    # JSON writes strings, numbers and booleans as TOML does, but for one character
-    lines = (f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in values.items())
-    return "".join(lines).replace("\x7f", "\\u007f")
 
 
 @functools.cache
@@ -145,28 +69,6 @@ def tokenizer():
         special_tokens={MARK: END_OF_TEXT},
         explicit_n_vocab=END_OF_TEXT + 1,
     )
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """Yield a temporary path beside `path`; fsync and rename it there if the block succeeds."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path, content):
-    """Write a command's figures, and say where."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    print(f"wrote {path}")
 
 
 # ---------------------------------------------------------------- reading shards, for every command
@@ -352,17 +254,6 @@ class Ranks:
 # ---------------------------------------------------------------- sources of text
 
 
-class Block(NamedTuple):
-    """Some texts of one file, not yet parsed: that is done by whoever tokenizes them."""
-
-    load: Callable  # () -> pyarrow array of large_string
-    start: int  # what the file holds before them: lines, rows, documents, bytes of a .txt
-    share: float  # of the file that is read by their end, 0 to 1
-    size: int = 0  # of what is held, in bytes
-    whole: bool = True  # each is a document; else they are stretches of the one in the file
-    file: int = 0  # its number in the source
-
-
 class Source(NamedTuple):
     revision: str
     sizes: list  # of its files, in bytes
@@ -373,11 +264,11 @@ def open_source(options, revision):
     """The Source of text that the options name; `revision` is the one to go on with, if any."""
     column = options.text_column
     if options.source == "python-docs":
-        return Source(platform.python_version(), [1], lambda _, skip: read_documents(skip))
+        return Source(platform.python_version(), [1], lambda _, skip: reading.read_documents(skip))
     if options.source == "local":
         paths = local_files(options.input)
         sizes = [max(1, path.stat().st_size) for path in paths]
-        return Source("", sizes, lambda i, skip: read_file(paths[i], column, skip))
+        return Source("", sizes, lambda i, skip: reading.read_file(paths[i], column, skip))
     commit, files = list_dataset(options, revision)
     files = in_subset(options.subset, files)
     if not files:
@@ -387,7 +278,7 @@ def open_source(options, revision):
         check_downloads(options.dataset, commit, files)
 
     def read(i, skip):
-        return read_file(download(options, files[i].rfilename, commit), column, skip)
+        return reading.read_file(download(options, files[i].rfilename, commit), column, skip)
 
     return Source(commit, [file.size or 1 for file in files], read)
 
@@ -402,80 +293,6 @@ def in_subset(subset, files):
     return []
 
 
-def read_documents(skip):
-    """python-docs in Blocks."""
-    documents = list(python_docs())
-    for start in range(skip, len(documents), 100):
-        texts = documents[start : start + 100]
-        share = (start + len(texts)) / len(documents)
-        size = sum(map(len, texts))
-        yield Block(functools.partial(large_strings, texts), start, share, size)
-
-
-SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
-DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-
-
-def python_docs():
-    """Yield the language reference and the standard library's docstrings, which every Python has.
-
-    A topic of the reference is a document; so are a module's docstrings, in reading order under
-    their names, each text once. Source is parsed, never run. Shuffled, the same way every time,
-    so that the validation split is of the same kind as the rest.
-    """
-    from pydoc_data.topics import topics
-
-    first = {}  # docstring -> the module and the name where it stands first
-    for module, path in library_modules():
-        for name, text in docstrings(ast.parse(path.read_bytes()), module):
-            first.setdefault(text, (module, name))
-    modules = collections.defaultdict(list)
-    for text, (module, name) in first.items():
-        modules[module].append(f"{name}\n\n{text}\n")
-    documents = sorted(set(topics.values())) + ["\n\n".join(texts) for texts in modules.values()]
-    random.Random(1337).shuffle(documents)
-    yield from documents
-
-
-def library_modules():
-    """Yield (dotted name, path) of the standard library's modules, without tests and programs."""
-    library = Path(sysconfig.get_path("stdlib"))
-    for folder, subfolders, files in os.walk(library):
-        subfolders[:] = sorted(set(subfolders) - SKIPPED)
-        for path in sorted(Path(folder, file) for file in files if file.endswith(".py")):
-            name = ".".join(path.relative_to(library).with_suffix("").parts)
-            yield name.removesuffix(".__init__"), path
-
-
-def docstrings(node, name):
-    """Yield (dotted name, docstring) of a parsed module and of all it defines, in reading order."""
-    if isinstance(node, DOCUMENTED):
-        name = f"{name}.{node.name}" if hasattr(node, "name") else name
-        if text := ast.get_docstring(node):
-            yield name, text
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.stmt | ast.excepthandler):
-            yield from docstrings(child, name)
-
-
-def local_files(inputs):
-    """The files to read under files, folders and globs: in the inputs' order, then by name."""
-    found = {}
-    for given in inputs:
-        path = Path(given).expanduser()
-        inside = (
-            path.rglob("*") if path.is_dir() else map(Path, glob.glob(f"{path}", recursive=True))
-        )
-        files = {file for file in [path, *inside] if file.is_file()}
-        readable = sorted((file for file in files if file_kind(file)), key=Path.as_posix)
-        if not readable:
-            state = f"none of the {len(files):,} files there ends" if files else "no file that ends"
-            kinds = f"{', '.join(READERS)} (but for the last also with .gz or .zst)"
-            raise UserError(f"--input={given}: {state} {kinds}")
-        found.update(dict.fromkeys(readable))
-    return list(found)
-
-
 def fingerprint(paths):
     """What tells this input from another, wherever it lies: the files' names, sizes and ends."""
     digest = hashlib.sha256()
@@ -487,244 +304,6 @@ def fingerprint(paths):
             file.seek(max(0, size - 65_536))
             digest.update(file.read())
     return f"{len(paths)} files; sha256 of their names, sizes and ends: {digest.hexdigest()[:16]}"
-
-
-# ---------------------------------------------------------------- files to blocks of texts
-
-BLOCK_BYTES = 1 << 23  # of text: large enough to hide what a Block costs, small beside any memory
-
-
-def file_kind(path):
-    """The key of READERS that a file's name ends in, before .gz or .zst if any; "" for none."""
-    suffixes = ["", *(suffix.lower() for suffix in Path(path).suffixes)]
-    packed = suffixes[-1] in COMPRESSED
-    kind = suffixes[-2 if packed else -1]
-    return kind if kind in READERS and not (packed and kind == ".parquet") else ""
-
-
-def read_file(path, column, skip):
-    """Yield the Blocks of a file from `skip` on: a .txt or .md is a document, a line or row is."""
-    try:
-        yield from READERS[file_kind(path)](path, column, skip)
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error}): replace it or leave it out") from None
-
-
-# Where a text may be cut: before a space that follows another character. GPT-2's pattern looks at
-# nothing behind a match, and no match of it runs from a character into a space, so that it finds
-# the same on both sides. Characters beyond ASCII count, but for spaces and the byte order mark.
-CUT = re.compile(
-    rb"(?<=[!-~\x80-\xbf])(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])"
-    rb"(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)(?<!\xef\xbb\xbf)[ \t\r\n]"
-)
-STRETCH_BYTES = 1 << 14  # of a text: what has to be given to tiktoken for one disputed letter
-
-
-def read_text(path, _, skip):
-    """One document, in Blocks of stretches."""
-    with open_bytes(path) as (file, share):
-        start, line, held, more = 0, 1, b"", b" "
-        while more:
-            more = file.read(BLOCK_BYTES)
-            held += more
-            end = last_cut(held) if more else len(held)
-            if start >= skip and end:
-                load = functools.partial(parse_text, held[:end], path, start, line)
-                yield Block(load, start, share(), end, whole=False)
-            start, line, held = start + end, line + held.count(b"\n", 0, end), held[end:]
-
-
-def last_cut(data):
-    # what lies further back was searched when it came
-    for begin in (max(0, len(data) - n) for n in (STRETCH_BYTES, BLOCK_BYTES + 1)):
-        if cuts := [match.start() for match in CUT.finditer(data, begin)]:
-            return cuts[-1]
-    return 0
-
-
-def parse_text(data, path, start, line):
-    import pyarrow
-
-    text = data if start else data.removeprefix(b"\xef\xbb\xbf")  # the mark of some editors
-    ends = [0]
-    while match := CUT.search(text, ends[-1] + STRETCH_BYTES):
-        ends.append(match.start())
-    stretches = [text[a:b] for a, b in itertools.pairwise([*ends, len(text)])]
-    try:
-        return pyarrow.array(stretches, pyarrow.large_binary()).cast(pyarrow.large_string())
-    except pyarrow.ArrowInvalid:
-        pass
-    try:
-        data.decode()
-    except UnicodeDecodeError as error:
-        line += data.count(b"\n", 0, error.start)
-        byte = f"byte {start + error.start + 1:,} of the file"
-        raise not_utf8(f"{path}, line {line:,}, {byte}", error) from None
-
-
-def read_lines(path, column, skip):
-    with open_bytes(path) as (file, share):
-        start = 0
-        for data in whole_lines(file):
-            ends = count(np.frombuffer(data, np.uint8), ord("\n"))
-            lines = ends + (not data.endswith(b"\n"))
-            if start >= skip:
-                load = functools.partial(parse_lines, data, lines, column, path, start)
-                yield Block(load, start, share(), len(data))
-            start += lines
-
-
-def whole_lines(file):
-    """Yield what the file holds in stretches of about BLOCK_BYTES that end with a line."""
-    held = b""  # the beginning of a line
-    while True:
-        data = bytearray(len(held) + BLOCK_BYTES)  # which is read into, not copied
-        with memoryview(data) as view:
-            view[: len(held)] = held
-            size = file.readinto(view[len(held) :])
-        if not size:
-            break
-        end = data.rfind(b"\n", 0, len(held) + size) + 1
-        held = bytes(data[end : len(held) + size])
-        del data[end:]
-        if data:
-            yield data
-    if held:
-        yield held
-
-
-PIECE = 1 << 16  # of a large array: what is made of one stays in the processor's cache
-
-
-def count(array, value):
-    pieces = (array[i : i + PIECE] for i in range(0, len(array), PIECE))
-    return sum(int(np.count_nonzero(piece == value)) for piece in pieces)
-
-
-def parse_lines(data, lines, column, path, start):
-    """The texts of .jsonl lines: by Arrow's parser where it takes every line, else by Python's.
-
-    Python's is slower, but takes lone surrogates and can say what is wrong with which line.
-    """
-    import pyarrow.json
-
-    read = pyarrow.json.ReadOptions(use_threads=False, block_size=min(len(data), 2**31 - 1))
-    only = pyarrow.schema([(column, pyarrow.large_string())])
-    parse = pyarrow.json.ParseOptions(explicit_schema=only, unexpected_field_behavior="ignore")
-    try:
-        if not re.match(rb"(\xef\xbb\xbf)?\s*{", data):
-            raise pyarrow.ArrowInvalid("its parser crashes where the first line is null")
-        table = pyarrow.json.read_json(pyarrow.BufferReader(data), read, parse)
-        table.validate(full=True)  # UTF-8
-        if table.num_rows == lines and not table[column].null_count:
-            return table[column].combine_chunks()
-    except pyarrow.ArrowInvalid:
-        pass
-    texts = []
-    for number, line in enumerate(io.BytesIO(data), start + 1):
-        if not line.isspace():
-            texts.append(parse_line(line, column, f"{path}, line {number:,}"))
-    return large_strings(texts)
-
-
-def parse_line(line, column, where):
-    """The text of one line of JSON; null stands for an empty one."""
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise not_utf8(f"{where}, byte {error.start + 1:,}", error) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is no JSON ({error}): mend it or take it out") from None
-    if not isinstance(record, dict) or column not in record:
-        found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise UserError(f"{where} has no {column!r} but {found}: see --text_column")
-    text = record[column]
-    if not isinstance(text, str | None):
-        found = type(text).__name__
-        raise UserError(f"{where}: expected text, found {found}: see --text_column")
-    return text or ""
-
-
-def read_rows(path, column, skip):
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
-            if file.schema_arrow.names.count(column) != 1:
-                found = ", ".join(file.schema_arrow.names)
-                raise UserError(f"{path} has no {column!r} but {found}: see --text_column")
-            kind = file.schema_arrow.field(column).type
-            kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-            if str(kind) not in ("string", "large_string", "string_view"):
-                raise UserError(f"{path}: expected text, found {kind}: see --text_column")
-            yield from read_row_groups(file, path, column, skip)
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is no whole .parquet file ({error}); fetch it again") from None
-
-
-ROWS = 16  # to read of a .parquet at a time: nothing tells before how long they will be
-
-
-def read_row_groups(file, path, column, skip):
-    groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-    ends = list(itertools.accumulate(groups))
-    first = sum(end <= skip for end in ends)
-    done, held, size = sum(groups[:first]), [], 0
-    for batch in file.iter_batches(ROWS, row_groups=range(first, len(ends)), columns=[column]):
-        texts = batch.column(0)[max(0, skip - done) :]
-        held, size, done = [*held, texts], size + texts.nbytes, done + len(batch)
-        if size >= BLOCK_BYTES or done == ends[-1]:
-            start = done - sum(map(len, held))
-            load = functools.partial(checked_strings, held, path, start)
-            yield Block(load, start, done / ends[-1], size)
-            held, size = [], 0
-
-
-def checked_strings(arrays, path, start):
-    """Parts of a column as large strings; null stands for an empty one."""
-    import pyarrow
-
-    try:
-        arrays = [array.cast(pyarrow.large_string()) for array in arrays]
-        texts = pyarrow.concat_arrays(arrays).fill_null("")
-        texts.validate(full=True)  # UTF-8
-        return texts
-    except pyarrow.ArrowInvalid as error:
-        rows = f"rows {start + 1:,} to {start + sum(map(len, arrays)):,}"
-        raise UserError(f"{path}, {rows}: {error}; convert or remove it") from None
-
-
-def large_strings(texts):
-    """Python's strings as Arrow's; lone surrogates become U+FFFD, as in tiktoken."""
-    import pyarrow
-
-    try:
-        return pyarrow.array(texts, pyarrow.large_string())
-    except UnicodeEncodeError:
-        utf16 = (text.encode("utf-16", "surrogatepass") for text in texts)
-        texts = [text.decode("utf-16", "replace") for text in utf16]
-        return pyarrow.array(texts, pyarrow.large_string())
-
-
-READERS = {".txt": read_text, ".md": read_text, ".jsonl": read_lines, ".parquet": read_rows}
-COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-
-
-@contextlib.contextmanager
-def open_bytes(path):
-    """(a file to read what is inside, a function that tells which share of it was read)"""
-    import pyarrow  # reads .gz and .zst, and tells when the end is missing: zstandard does not
-
-    size = max(1, os.path.getsize(path))
-    codec = COMPRESSED.get(Path(path).suffix.lower())
-    with pyarrow.OSFile(os.fsencode(path)) as packed:
-        file = pyarrow.CompressedInputStream(packed, codec) if codec else packed
-        yield file, lambda: packed.tell() / size
-
-
-def not_utf8(where, error):
-    return UserError(f"{where}: not UTF-8 ({error.reason}); convert or remove it")
 
 
 # ---------------------------------------------------------------- texts to tokens
@@ -743,7 +322,7 @@ def tokenize(blocks, options):
     else:
         spawn = multiprocessing.get_context("spawn")  # the one way that works on every system
         pool = ProcessPoolExecutor(workers, spawn, initializer=follow_parent)
-    in_flight, held, most = collections.deque(), 0, (workers + AHEAD) * BLOCK_BYTES
+    in_flight, held, most = collections.deque(), 0, (workers + AHEAD) * reading.BLOCK_BYTES
     try:
         for block in blocks:
             in_flight.append((block, pool.submit(encode_block, block, fast)))
@@ -1257,19 +836,6 @@ def verify(folder):
             raise UserError(f"{folder / shard['file']} was changed: {differ[-1]}: {ANEW}")
     size = f"{len(manifest['shards'])} shards, {manifest['tokens']:,} tokens"
     print(f"{folder}: {size}, all as {MANIFEST} says")
-
-
-def check_disk(folder, size):
-    """The bytes free on the disk of a folder; a UserError where `size` more have no room."""
-    from tqdm import tqdm
-
-    folder = Path(folder).absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    if size > free:
-        room = f"{tqdm.format_sizeof(size, 'B')} more, {tqdm.format_sizeof(free, 'B')} are free"
-        raise UserError(f"{folder} needs {room}: free some, or take another folder")
-    return free
 
 
 # ---------------------------------------------------------------- the command

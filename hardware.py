@@ -13,8 +13,7 @@ from pathlib import Path
 
 import torch
 
-import fineweb
-from fineweb import UserError
+from common import UserError, check_disk
 
 PACKAGES = ("torch", "numpy", "tiktoken", "gigatoken", "pyarrow")  # whose versions decide
 
@@ -157,5 +156,5 @@ def describe(model, folder, runtime):
     cfg, found = model.cfg, [f"{package} {number}" for package, number in versions().items()]
     runtime.print(f"with   Python {platform.python_version()}, {', '.join(found)}")
     size = 3 * sum(p.nbytes for p in model.parameters()) * (cfg.keep_checkpoints + 1)
-    fineweb.check_disk(folder, size)
+    check_disk(folder, size)
     runtime.print(f"disk   has room for {size / 2**30:.1f} GiB of checkpoints\nready to train")

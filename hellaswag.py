@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from fineweb import UserError, command_line, replacing, run, tokenizer, write_json
+from common import UserError, command_line, replacing, run, write_json
+from fineweb import tokenizer
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SIZE = 12_246_618

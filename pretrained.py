@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from fineweb import UserError
+from common import UserError
 
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import hardware
-from fineweb import UserError
+from common import UserError
 
 RESTARTS = "torchrun.txt"  # in a run's folder: the torchrun that may restart it
 

@@ -18,7 +18,8 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from fineweb import END_OF_TEXT, UserError, command_line, run, tokenizer
+from common import UserError, command_line, run
+from fineweb import END_OF_TEXT, tokenizer
 from train_gpt2 import VOCABULARY, Runtime, Sampling, complete, generate, load_model, next_logits
 
 PRESETS = {

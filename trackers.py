@@ -17,7 +17,7 @@ from dataclasses import asdict
 
 import torch
 
-from fineweb import UserError, replacing
+from common import UserError, replacing
 
 PACKAGES = {"wandb_project": "wandb", "tensorboard": "tensorboard"}  # flag: what it needs
 PATIENCE = {  # W&B's own variables, where the user has not set them: seconds

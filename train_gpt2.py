@@ -44,9 +44,9 @@ import hellaswag
 import pretrained
 import runs
 import trackers
-from fineweb import END_OF_TEXT, UserError, command_line, replacing, run
+from common import UserError, check_disk, command_line, replacing, run, to_toml, toml_flags
+from fineweb import END_OF_TEXT
 from hardware import compile_obstacle, find_device, find_dtype, keep_memory, peak_flops
-from runs import checkpoints
 
 # ---------------------------------------------------------------- configuration
 
@@ -130,7 +130,7 @@ def load_config(argv, kind=Config, about=__doc__):
     flags, from_files, name = list(argv), [], "gpt2"
     while flags and not flags[0].startswith("-"):
         path = Path(flags.pop(0))
-        from_files += fineweb.toml_flags(path, kind)
+        from_files += toml_flags(path, kind)
         name = path.stem
     cfg = command_line(kind, about, from_files + flags)
     validate(cfg)
@@ -868,7 +868,7 @@ def load_moments(optimizer, saved):
 
 def resume(folder, state, runtime):
     """Continue from the newest whole checkpoint in folder, if there is one."""
-    paths = checkpoints(folder)
+    paths = runs.checkpoints(folder)
     for path in reversed(paths):
         try:
             old, checkpoint = read_checkpoint(path, whole=True)
@@ -924,7 +924,7 @@ class RunLog:
             left.unlink()  # by a kill in the middle of a checkpoint
         runs.expect_restarts(folder)
         with replacing(folder / "config.toml") as temporary:
-            temporary.write_text(fineweb.to_toml(model.cfg), encoding="utf-8")
+            temporary.write_text(to_toml(model.cfg), encoding="utf-8")
         self.trackers = trackers.open_trackers(model.cfg, folder, start)
 
     def write(self, step, **values):
@@ -958,7 +958,7 @@ class RunLog:
         more = {"optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict()}
         name = f"step_{state.step:06d}.pt"
         if self.write_checkpoint(name, state, more):
-            paths = checkpoints(self.folder)  # a torn one of a later step counts for nothing
+            paths = runs.checkpoints(self.folder)  # a torn one of a later step counts for nothing
             newest = paths.index(self.folder / name) + 1
             for old in paths[: max(0, newest - self.model.cfg.keep_checkpoints)]:
                 old.unlink()
@@ -971,7 +971,7 @@ class RunLog:
         content |= {"step": state.step, "best": state.best} | more
         weights = sum(p.nbytes for p in state.model.parameters())
         try:
-            fineweb.check_disk(self.folder, weights * (3 if more else 1))  # AdamW has two moments
+            check_disk(self.folder, weights * (3 if more else 1))  # AdamW has two moments
             with replacing(self.folder / name) as temporary, open(temporary, "wb") as file:
                 torch.save(content, file)
         except (UserError, OSError, RuntimeError) as error:

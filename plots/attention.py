@@ -15,7 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # train_gpt2.py is one folder up
 import torch
 
-from fineweb import UserError, command_line, run, tokenizer
+from common import UserError, command_line, run
+from fineweb import tokenizer
 from sample import load_text_model
 
 MAX_TOKENS = 64  # more would be too small to see

@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # fineweb.py is one folder up
-import fineweb
+from common import UserError, command_line, replacing, run
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart (their yellow is too pale).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -52,7 +52,7 @@ class Run:
     edu: bool  # validated on FineWeb-Edu: only there can a loss be compared with GPT2_LOSS
 
 
-class NoLoss(fineweb.UserError):
+class NoLoss(UserError):
     """A log in which the first loss is still to come."""
 
 
@@ -65,9 +65,7 @@ def read_log(path):
     try:
         lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     except OSError as error:
-        raise fineweb.UserError(
-            f"cannot read {path}: {error.strerror}; name the folder of a run"
-        ) from None
+        raise UserError(f"cannot read {path}: {error.strerror}; name the folder of a run") from None
     streams = {}
     for line in lines:
         try:
@@ -90,7 +88,7 @@ def read_run(folder):
     try:
         settings = tomllib.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
     except tomllib.TOMLDecodeError as error:
-        raise fineweb.UserError(f"{config} is not TOML: {error}") from None
+        raise UserError(f"{config} is not TOML: {error}") from None
     # With grad_accum_steps the batch also depends on the number of ranks, which nothing records.
     batch = 0 if settings.get("grad_accum_steps") else settings.get("total_batch_size", 0)
     return Run(folder.resolve().name, streams, batch, "edu_fineweb" in settings.get("data_dir", ""))
@@ -122,7 +120,7 @@ def picture(out, rows, columns, size):
     fig, axes = plt.subplots(rows, columns, figsize=size, dpi=150, layout="constrained", **shared)
     yield fig, axes
     out.parent.mkdir(parents=True, exist_ok=True)
-    with fineweb.replacing(out) as temporary:
+    with replacing(out) as temporary:
         fig.savefig(temporary, format=out.suffix[1:])
     plt.close(fig)
 
@@ -314,18 +312,16 @@ def watch(folders, out):
 
 def main():
     flags = ["--watch=True" if flag == "--watch" else flag for flag in sys.argv[1:]]
-    options = fineweb.command_line(Options, __doc__, flags)
+    options = command_line(Options, __doc__, flags)
     if not options.runs:
-        raise fineweb.UserError("no run is named: python plots/plot.py log/gpt2_124m")
+        raise UserError("no run is named: python plots/plot.py log/gpt2_124m")
     out = Path(options.out or Path(__file__).parent / "loss_hellaswag.png")
     if out.suffix not in (".png", ".svg", ".pdf"):
-        raise fineweb.UserError(
-            f"--out={out} is no picture: its name should end in .png, .svg or .pdf"
-        )
+        raise UserError(f"--out={out} is no picture: its name should end in .png, .svg or .pdf")
     if options.watch:
         watch(options.runs, out)
     print(draw([read_run(folder) for folder in options.runs], out))
 
 
 if __name__ == "__main__":
-    fineweb.run(main)
+    run(main)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 import runs  # noqa: E402
 import train_gpt2  # noqa: E402
-from fineweb import to_toml  # noqa: E402
+from common import to_toml  # noqa: E402
 from train_gpt2 import GPT, Config, Runtime  # noqa: E402
 
 # Idle threads spin: where several processes share few cores, they cost more than they give.

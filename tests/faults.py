@@ -29,6 +29,7 @@ import torch._dynamo  # which an optimizer imports when it is made: once, not in
 import fineweb
 import runs
 import train_gpt2
+from common import run
 from train_gpt2 import GPT, RunLog
 
 RANK = int(os.environ.get("RANK", 0))
@@ -189,7 +190,7 @@ def live(faults):
         for fault in faults:
             arrange(*fault)
     runs.finish = lambda folder, cfg, runtime: None  # without drawing at the end
-    fineweb.run(train_gpt2.main)
+    run(train_gpt2.main)
 
 
 def main():

@@ -5,7 +5,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from fineweb import UserError, tokenizer
+from common import UserError
+from fineweb import tokenizer
 from plots import attention
 from plots.attention import attention_weights, label
 

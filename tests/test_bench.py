@@ -14,7 +14,7 @@ import torch
 import bench
 import fineweb
 import train_gpt2 as gpt
-from fineweb import UserError
+from common import UserError, command_line
 
 TASKS = Path(__file__).parent / "data" / "hellaswag_own.jsonl"
 TINY_MODEL = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=128", "--device=cpu"]
@@ -251,14 +251,14 @@ def options_of(command):
         del words[0]
     script, *argv = words
     if script == "fineweb.py":
-        return script, fineweb.command_line(fineweb.Options, "", argv)
+        return script, command_line(fineweb.Options, "", argv)
     if script == "train_gpt2.py":
         return script, gpt.load_config(argv)[0]
     name, *argv = argv
     kind = bench.COMMANDS[name][1]
     if issubclass(kind, gpt.Config):
         return script, gpt.load_config(argv, kind)[0]
-    return script, fineweb.command_line(kind, "", argv)
+    return script, command_line(kind, "", argv)
 
 
 @pytest.mark.parametrize("values", [bench.FULL, bench.REHEARSAL], ids=["full", "rehearsal"])

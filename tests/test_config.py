@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fineweb import UserError, to_toml
+from common import UserError, to_toml
 from train_gpt2 import GPT, Config, batch_layout, load_config
 
 ROOT = Path(__file__).parents[1]

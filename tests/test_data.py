@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fineweb import UserError, open_shard
+from common import UserError
+from fineweb import open_shard
 from train_gpt2 import Loader, TokenShards, random_words, shuffled
 
 AWKWARD = [1, 2, 3, 5, 7, 8, 9, 11, 13, 15, 16, 17, 31, 63, 64, 65, 97, 255, 256, 257, 1023, 4097]

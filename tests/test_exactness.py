@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 import fineweb
 import runs
 import train_gpt2
-from fineweb import UserError
+from common import UserError, run
 from train_gpt2 import Loader, TokenShards
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +57,7 @@ def losses(folder):
 
 
 def newest(folder):
-    return torch.load(train_gpt2.checkpoints(folder)[-1], weights_only=True)
+    return torch.load(runs.checkpoints(folder)[-1], weights_only=True)
 
 
 def assert_same_bits(a, b, where=""):
@@ -806,7 +806,7 @@ def test_check_ends_with_one_clear_error_where_training_could_not_start(
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(sys, "argv", ["train_gpt2.py", name, "--check"])
     with pytest.raises(SystemExit) as end:
-        fineweb.run(train_gpt2.main)
+        run(train_gpt2.main)
     err = capsys.readouterr().err
     assert end.value.code == 2 and err.startswith("error: ") and told in err
     assert len(err.splitlines()) <= 2

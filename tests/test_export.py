@@ -10,7 +10,8 @@ import torch
 
 import export
 import hellaswag
-from fineweb import UserError, tokenizer
+from common import UserError
+from fineweb import tokenizer
 from pretrained import KINDS
 from train_gpt2 import ARCHITECTURE, GPT, Config, Sampling, complete, load_model
 

@@ -36,8 +36,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import fineweb
+import reading
 import train_gpt2
-from fineweb import END_OF_TEXT, Options, UserError, open_shard
+from common import UserError, command_line, replacing, run
+from fineweb import END_OF_TEXT, Options, open_shard
 
 ROOT = Path(fineweb.__file__).parent
 TOKENIZERS = ["tiktoken", *["gigatoken"] * bool(importlib.util.find_spec("gigatoken"))]
@@ -155,9 +157,9 @@ def gigatoken_for_small_texts_too():
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(fineweb, "BLOCK_BYTES", 100)
-    monkeypatch.setattr(fineweb, "STRETCH_BYTES", 20)
-    monkeypatch.setattr(fineweb, "ROWS", 2)
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(reading, "STRETCH_BYTES", 20)
+    monkeypatch.setattr(reading, "ROWS", 2)
 
 
 @contextlib.contextmanager
@@ -178,7 +180,7 @@ def quick_folder():
 
 def in_blocks_of(block_bytes, stretch_bytes):
     sizes = {"BLOCK_BYTES": block_bytes, "STRETCH_BYTES": stretch_bytes}
-    return patched(*((fineweb, name, size) for name, size in sizes.items()))
+    return patched(*((reading, name, size) for name, size in sizes.items()))
 
 
 small_sizes = st.tuples(st.integers(1, 9), st.integers(1, 9))
@@ -208,7 +210,7 @@ def end_of_command(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["fineweb.py", *map(str, args)])
         code = 0
         try:
-            fineweb.run(fineweb.main)
+            run(fineweb.main)
         except SystemExit as error:
             code = error.code
         return code, *capsys.readouterr()
@@ -272,7 +274,7 @@ def test_files_of_any_kind_in_blocks_of_any_size_give_the_reference_encoding(
 
 def tokens_of_text(path, skip=0):
     """The tokens of a .txt file from a byte on, as the pipeline makes them."""
-    blocks = fineweb.read_file(path, "text", skip)
+    blocks = reading.read_file(path, "text", skip)
     return np.concatenate([[], *(fineweb.encode_block(block, None) for block in blocks)]).tolist()
 
 
@@ -298,7 +300,7 @@ def test_text_read_in_stretches_gives_the_tokens_of_the_uncut_text(text, sizes, 
         path = Path(folder, f"x.{end}")
         WRITERS[end](path, [text])
         assert tokens_of_text(path) == expected
-        for block in fineweb.read_file(path, "text", 0):  # a run may go on at each
+        for block in reading.read_file(path, "text", 0):  # a run may go on at each
             before = text.encode()[: block.start].decode().removeprefix("\ufeff")
             assert reference([before]) + tokens_of_text(path, block.start) == expected
 
@@ -306,7 +308,7 @@ def test_text_read_in_stretches_gives_the_tokens_of_the_uncut_text(text, sizes, 
 def test_long_text_comes_in_many_stretches(tmp_path, small_blocks):
     path = tmp_path / "long.txt"
     path.write_text("one two three four\n" * 100)
-    blocks = list(fineweb.read_file(path, "text", 0))
+    blocks = list(reading.read_file(path, "text", 0))
     assert len(blocks) > 15 and max(len(block.load()[0].as_py()) for block in blocks) <= 200
     shares = [block.share for block in blocks]
     assert shares == sorted(shares) and shares[0] < 0.2 and shares[-1] == 1.0
@@ -321,7 +323,7 @@ def test_cut_keeps_every_token_in_order_and_can_go_on_after_each_shard(lengths, 
     tokens = np.arange(sum(lengths), dtype=np.uint16)
     parts = np.split(tokens, np.cumsum(lengths, dtype=int)[:-1]) if lengths else []
     blocks = [
-        (fineweb.Block(None, start, 1.0, file=start % 3), part) for start, part in enumerate(parts)
+        (reading.Block(None, start, 1.0, file=start % 3), part) for start, part in enumerate(parts)
     ]
     made = list(fineweb.cut(blocks, sizes))
     kept = tokens[: sum(sizes)]
@@ -376,7 +378,7 @@ def test_line_of_ten_megabytes_is_encoded(tmp_path, name, tokenizer):
     text = "word, " * 1_700_000
     path = tmp_path / name
     WRITERS[path.suffix[1:]](path, [text])
-    assert path.stat().st_size > 10**7 > fineweb.BLOCK_BYTES
+    assert path.stat().st_size > 10**7 > reading.BLOCK_BYTES
     expected = np.array(reference([text]), np.uint16)
     options = local(path, tmp_path / "out", tokenizer=tokenizer, shard_tokens=2_000_000)
     fineweb.prepare(options)
@@ -392,7 +394,7 @@ def random_letters(size):
 def test_document_of_megabytes_without_a_space_is_encoded(tokenizer):
     size = 10_000_000 if tokenizer == "gigatoken" else 1_000_000  # tiktoken takes 7 s for ten
     text = random_letters(size)
-    block = fineweb.Block(lambda: fineweb.large_strings([text]), 0, 1.0)
+    block = reading.Block(lambda: reading.large_strings([text]), 0, 1.0)
     tokens = fineweb.encode_block(block, fast_tokenizer() if tokenizer == "gigatoken" else None)
     assert tokens[0] == END_OF_TEXT
     assert fineweb.tokenizer().decode_bytes(tokens[1:].tolist()) == text.encode()
@@ -415,7 +417,7 @@ def fast_tokenizer():
 
 
 def fast(texts):
-    return fast_tokenizer().encode(fineweb.large_strings(texts)).tolist()
+    return fast_tokenizer().encode(reading.large_strings(texts)).tolist()
 
 
 @with_gigatoken
@@ -423,7 +425,7 @@ def fast(texts):
 @given(st.lists(st.one_of(any_text, tricky_text), max_size=20), st.integers(0, 20))
 def test_gigatoken_gives_tiktokens_tokens(texts, start):
     assert fast(texts) == reference(texts)
-    part = fineweb.large_strings(texts)[start:]  # shares memory with the whole
+    part = reading.large_strings(texts)[start:]  # shares memory with the whole
     assert fast_tokenizer().encode(part).tolist() == reference(texts[start:])
 
 
@@ -447,7 +449,7 @@ def test_disputed_letters_are_tokenized_by_the_reference_wherever_they_stand(pla
     new = [f"{char}'s a{char}" for char in "\u088f\u0c5c\u1c89\ua7ce\U00010940\U000323b0"]
     for letters in new:
         texts = [letters if i in places else f"text {i} é" for i in range(5)]
-        assert fineweb.disputed(fineweb.large_strings(texts)) == places
+        assert fineweb.disputed(reading.large_strings(texts)) == places
         assert fast(texts) == reference(texts)
 
 
@@ -456,7 +458,7 @@ def test_gigatoken_renewed_after_every_batch_gives_the_same_tokens(monkeypatch):
     made, seen = fineweb.FastTokenizer(), set()
     monkeypatch.setattr(fineweb.FastTokenizer, "RENEWAL", 0.0)
     for texts in (TEXTS[:20], TEXTS[20:], ["word " * 9]):
-        assert made.encode(fineweb.large_strings(texts)).tolist() == reference(texts)
+        assert made.encode(reading.large_strings(texts)).tolist() == reference(texts)
         assert made.gigatoken not in seen
         seen.add(made.gigatoken)
 
@@ -479,9 +481,9 @@ def test_tokenizer_is_tiktokens_gpt2(tmp_path, monkeypatch):
 def test_few_bytes_are_not_worth_a_call_of_gigatoken(monkeypatch):
     made = fineweb.FastTokenizer()
     monkeypatch.setattr(fineweb, "SMALL", 10_000)
-    assert made.encode(fineweb.large_strings(TEXTS)).tolist() == reference(TEXTS)
+    assert made.encode(reading.large_strings(TEXTS)).tolist() == reference(TEXTS)
     assert made.gigatoken is None
-    assert made.encode(fineweb.large_strings(TEXTS * 9)).tolist() == reference(TEXTS * 9)
+    assert made.encode(reading.large_strings(TEXTS * 9)).tolist() == reference(TEXTS * 9)
     assert made.gigatoken
 
 
@@ -509,7 +511,7 @@ def test_reading_is_only_a_few_blocks_ahead_of_the_writing(tokenizer):
     def blocks():
         for i in itertools.count():
             asked.append(i)
-            yield fineweb.Block(lambda: fineweb.large_strings(["text"]), i, 0.5)
+            yield reading.Block(lambda: reading.large_strings(["text"]), i, 0.5)
 
     with contextlib.closing(fineweb.tokenize(blocks(), pipeline(tokenizer, 1))) as tokens:
         for i, (block, made) in enumerate(itertools.islice(tokens, 20)):
@@ -523,7 +525,7 @@ def end_this_process():
 
 
 def test_dead_worker_is_one_clear_error():
-    blocks = [fineweb.Block(end_this_process, 0, 1.0)] * 3
+    blocks = [reading.Block(end_this_process, 0, 1.0)] * 3
     with pytest.raises(UserError, match=r"process died.*--processes=1"):
         list(fineweb.tokenize(blocks, pipeline()))
 
@@ -531,9 +533,9 @@ def test_dead_worker_is_one_clear_error():
 @with_sigkill
 def test_workers_end_when_the_main_process_is_killed():
     code = """
-import functools, itertools, multiprocessing, fineweb
+import functools, itertools, multiprocessing, fineweb, reading
 if __name__ == "__main__":
-    block = fineweb.Block(functools.partial(fineweb.large_strings, ["text"]), 0, 1.0)
+    block = reading.Block(functools.partial(reading.large_strings, ["text"]), 0, 1.0)
     options = fineweb.Options(tokenizer="tiktoken", processes=2)
     for _ in fineweb.tokenize(itertools.repeat(block), options):
         print(*[child.pid for child in multiprocessing.active_children()], flush=True)
@@ -730,11 +732,11 @@ def test_out_dir_that_is_a_file_is_refused(corpus, tmp_path):
 def test_error_in_mid_write_leaves_no_file_under_the_final_name(tmp_path):
     path = tmp_path / "x.npy"
     path.write_bytes(b"old")
-    with pytest.raises(ZeroDivisionError), fineweb.replacing(path) as temporary:
+    with pytest.raises(ZeroDivisionError), replacing(path) as temporary:
         temporary.write_bytes(b"half")
         raise ZeroDivisionError
     assert contents(tmp_path) == {"x.npy": b"old"}
-    with fineweb.replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_bytes(b"new")
         assert path.read_bytes() == b"old"
     assert contents(tmp_path) == {"x.npy": b"new"}
@@ -843,7 +845,7 @@ def test_real_full_disk_in_the_middle_of_a_shard(tmp_path):
     corpus, errors, result = tmp_path / "x.jsonl", tmp_path / "errors", tmp_path / "result"
     expected = prepare_local(write_jsonl(corpus, texts), tmp_path / "whole", shard_tokens=200_000)
     (tmp_path / "disk").mkdir()
-    code = "import fineweb; fineweb.check_disk = lambda *_: 0; fineweb.run(fineweb.main)"
+    code = "import common, fineweb; fineweb.check_disk = lambda *_: 0; common.run(fineweb.main)"
     options = flags(local(corpus, "out", shard_tokens=200_000))
     line = ["unshare", "-rm", "sh", "-c", FILL_A_DISK, "sh", tmp_path / "disk", sys.executable]
     env = os.environ | {"ERRORS": str(errors), "RESULT": str(result), "PYTHONPATH": str(ROOT)}
@@ -922,7 +924,7 @@ def interrupted(options, step, after):
 def test_killed_anywhere_and_started_again_ends_with_the_same_bytes(
     mixed, kills, block_bytes, max_shards, tokenizer
 ):
-    with quick_folder() as folder, patched((fineweb, "BLOCK_BYTES", block_bytes)):
+    with quick_folder() as folder, patched((reading, "BLOCK_BYTES", block_bytes)):
         common = dict(max_shards=max_shards, tokenizer=tokenizer)
         prepare_local(mixed[0], folder / "whole", **common)
         options = local(mixed[0], folder / "out", **common)
@@ -1269,7 +1271,7 @@ def test_ranks_together_make_the_documents_of_one_process(mixed, world, shard_to
     world=st.integers(2, 3),
 )
 def test_ranks_killed_anywhere_and_started_again_end_with_the_same_bytes(mixed, kills, world):
-    with quick_folder() as folder, patched((fineweb, "BLOCK_BYTES", 100)):
+    with quick_folder() as folder, patched((reading, "BLOCK_BYTES", 100)):
         prepare_in_ranks(world, local(mixed[0], folder / "whole", shard_tokens=100))
         for step, after, rank, max_shards in kills:
             options = local(mixed[0], folder / "out", shard_tokens=100, max_shards=max_shards)
@@ -1366,12 +1368,12 @@ def test_inputs_are_read_in_the_order_given_and_once(tmp_path):
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text(f"text of {name}")
     given = [str(tmp_path / "c.txt"), str(tmp_path / "*.txt"), str(tmp_path)]
-    assert [path.stem for path in fineweb.local_files(given)] == ["c", "a", "b"]
+    assert [path.stem for path in reading.local_files(given)] == ["c", "a", "b"]
 
 
 def test_name_with_glob_characters_is_a_name_first(tmp_path):
     (tmp_path / "a[1].txt").write_text("text")
-    assert fineweb.local_files([str(tmp_path / "a[1].txt")]) == [tmp_path / "a[1].txt"]
+    assert reading.local_files([str(tmp_path / "a[1].txt")]) == [tmp_path / "a[1].txt"]
 
 
 def test_text_column_chooses_the_field(tmp_path):
@@ -1420,7 +1422,7 @@ BAD_INPUT = [
 def test_bad_input_is_one_error_that_says_where(
     tmp_path, monkeypatch, name, data, says, block_bytes
 ):
-    monkeypatch.setattr(fineweb, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(reading, "BLOCK_BYTES", block_bytes)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / name).write_bytes(data)
     with pytest.raises(UserError, match=says) as error:
@@ -1483,18 +1485,18 @@ def json_lines(draw):
 def test_arrow_and_python_read_the_same_texts_from_lines(lines, end, last):
     data = (end.join(lines) + end * last).encode()
     count = data.count(b"\n") + (not data.endswith(b"\n"))
-    made = fineweb.parse_lines(data, count, "text", "x", 0).to_pylist()
+    made = reading.parse_lines(data, count, "text", "x", 0).to_pylist()
     with patched((pyarrow.json, "read_json", refuse)):
-        assert fineweb.parse_lines(data, count, "text", "x", 0).to_pylist() == made
+        assert reading.parse_lines(data, count, "text", "x", 0).to_pylist() == made
     records = [json.loads(line.removeprefix("\ufeff")) for line in lines if line.strip()]
     assert reference(made) == reference([record["text"] for record in records])
 
 
 def test_ordinary_lines_are_read_by_arrow_alone(monkeypatch):
-    monkeypatch.setattr(fineweb, "parse_line", None)
+    monkeypatch.setattr(reading, "parse_line", None)
     odd = ["", "\0", 'quote " and \\', "😀 été", "\u2028"]
     data = jsonl([*TEXTS, *odd])
-    made = fineweb.parse_lines(data, len(TEXTS + odd), "text", "x", 0)
+    made = reading.parse_lines(data, len(TEXTS + odd), "text", "x", 0)
     assert made.to_pylist() == TEXTS + odd
 
 
@@ -1502,7 +1504,7 @@ def test_ordinary_lines_are_read_by_arrow_alone(monkeypatch):
 
 
 def texts_from(path, skip=0):
-    blocks = list(fineweb.read_file(path, "text", skip))
+    blocks = list(reading.read_file(path, "text", skip))
     return blocks, [text for block in blocks for text in block.load().to_pylist()]
 
 
@@ -1546,7 +1548,7 @@ def test_killed_inside_a_row_group_ends_with_the_same_bytes(tmp_path, small_bloc
 @pytest.fixture(scope="module")
 def python_docs():
     sys.modules.pop("this", None)
-    return list(fineweb.python_docs())
+    return list(reading.python_docs())
 
 
 def test_python_docs_end_to_end(python_docs, tmp_path):
@@ -1921,7 +1923,7 @@ def test_user_error_is_one_line_and_exit_code_2(tmp_path):
 def test_documented_flags_are_parsed():
     line = ["--source=local", "--input", "a.txt", "b/", "--out_dir=x", "--shard_tokens=5"]
     line += ["--val_tokens=6", "--max_shards=7", "--processes=8", "--tokenizer=tiktoken"]
-    parsed = fineweb.command_line(Options, "", args=line)
+    parsed = command_line(Options, "", args=line)
     assert parsed == Options("local", ("a.txt", "b/"), out_dir="x", shard_tokens=5, val_tokens=6,
                              max_shards=7, processes=8, tokenizer="tiktoken")  # fmt: skip
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from fineweb import END_OF_TEXT, UserError, tokenizer
+from common import UserError
+from fineweb import END_OF_TEXT, tokenizer
 from sample import GraphedStep
 from train_gpt2 import (
     GPT,

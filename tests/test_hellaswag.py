@@ -14,7 +14,8 @@ from conftest import TOGGLES
 from torch.nn import functional as F
 
 import hellaswag
-from fineweb import UserError, tokenizer
+from common import UserError
+from fineweb import tokenizer
 from train_gpt2 import GPT, Config
 
 REPOSITORY = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import hardware
 import train_gpt2
 from bench import watch_memory
-from fineweb import UserError
+from common import UserError
 from train_gpt2 import GPT, Config, HeadLoss, Runtime
 
 

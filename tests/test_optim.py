@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import train_gpt2
-from fineweb import UserError
+from common import UserError
 from train_gpt2 import GPT, Config, TrainState, lr_at, make_optimizer, train_step
 
 # ---------------------------------------------------------------- learning rate

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fineweb import UserError
+from common import UserError
 from plots import plot
 
 SCRIPT = Path(plot.__file__)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import sample
-from fineweb import END_OF_TEXT, UserError, tokenizer
+from common import UserError
+from fineweb import END_OF_TEXT, tokenizer
 from sample import Options, sampling, stream
 from train_gpt2 import Config, Sampling, complete
 

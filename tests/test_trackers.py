@@ -15,7 +15,7 @@ import pytest
 
 import trackers
 import train_gpt2
-from fineweb import UserError
+from common import UserError
 
 TEXT = "Hello <b> & *args\n    def __init__(self):\n\n# the end"
 

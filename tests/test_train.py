@@ -19,7 +19,7 @@ import hardware
 import hellaswag
 import runs
 import train_gpt2
-from fineweb import UserError, to_toml
+from common import UserError, to_toml
 from runs import finish
 from train_gpt2 import (
     ARCHITECTURE,

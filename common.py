@@ -1,0 +1,117 @@
+"""What every command here shares: its errors, its command line, and how it writes files."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import sys
+import time
+import tomllib
+from dataclasses import asdict
+from pathlib import Path
+
+import tyro
+
+
+class UserError(Exception):
+    """A mistake the user can mend: one or two lines that say what, where and what to do."""
+
+
+DISK = [getattr(errno, name, 0) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS")]
+
+
+def run(main):
+    """Call a command's main; a UserError ends it with its message and exit code 2."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character that a text has
+    try:
+        main()
+    except (UserError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
+        if os.environ.get("RANK", "0") != "0":
+            # a mistake of all ranks ends rank 0, and with it this one before it repeats it
+            time.sleep(3)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # whoever read the output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        print(f"error: {error}: mend that and run the same command again", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def command_line(options, description, args=None, prog=None):
+    """Parse `--key=value` (or `--key value`) into a dataclass; its comments are the help."""
+    return tyro.cli(
+        options,
+        prog=prog,
+        args=args,
+        description=description,
+        config=(tyro.conf.FlagConversionOff,),
+        use_underscores=True,
+        console_outputs=os.environ.get("RANK", "0") == "0",
+    )
+
+
+def toml_flags(path, options):
+    """The TOML file's `key = value` lines as --key=value flags."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path} cannot be read: {error}") from None
+    if nested := [key for key, value in values.items() if isinstance(value, dict | list)]:
+        raise UserError(f"config {path}: {nested[0]} is no plain value; write key = value")
+    args = [f"--{key}={value}" for key, value in values.items()]
+    try:
+        command_line(options, "", args)
+    except SystemExit:
+        raise UserError(f"that is in {path}") from None
+    return args
+
+
+def to_toml(options):
+    """A dataclass of plain values as TOML; `resume` is a command, not a setting."""
+    values = {key: value for key, value in asdict(options).items() if key != "resume"}
+    # JSON writes strings, numbers and booleans as TOML does, but for one character
+    lines = (f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in values.items())
+    return "".join(lines).replace("\x7f", "\\u007f")
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary path beside `path`; fsync and rename it there if the block succeeds."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    """Write a command's figures, and say where."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
+
+
+def check_disk(folder, size):
+    """The bytes free on the disk of a folder; a UserError where `size` more have no room."""
+    from tqdm import tqdm
+
+    folder = Path(folder).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if size > free:
+        room = f"{tqdm.format_sizeof(size, 'B')} more, {tqdm.format_sizeof(free, 'B')} are free"
+        raise UserError(f"{folder} needs {room}: free some, or take another folder")
+    return free
