@@ -20,7 +20,16 @@ from torch.nn import functional as F
 
 from common import UserError, command_line, run
 from fineweb import END_OF_TEXT, tokenizer
-from train_gpt2 import VOCABULARY, Runtime, Sampling, complete, generate, load_model, next_logits
+from train_gpt2 import (
+    VOCABULARY,
+    Runtime,
+    Sampling,
+    complete,
+    evaluating,
+    generate,
+    load_model,
+    next_logits,
+)
 
 PRESETS = {
     "conservative": Sampling(temperature=0.6, top_k=40),
@@ -148,7 +157,7 @@ def main():
     runtime = Runtime(options.device, options.dtype)
     model = load_text_model(options.model, runtime.device)
     prompts = iter(typed_prompt, "") if options.interactive else [options.prompt]
-    with torch.no_grad(), runtime.autocast():
+    with evaluating(model, runtime):
         for i, prompt in enumerate(prompts):
             show(model, prompt, how, options, options.seed + i)
 

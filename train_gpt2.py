@@ -621,7 +621,7 @@ def generate(model, idx, max_new_tokens, how, generator=None, step=next_logits):
     context is full, its later half is read again and continued.
     """
     block_size, start, new = model.cfg.block_size, 0, idx[:, -model.cfg.block_size :]
-    cache = KVCache(min(block_size, idx.size(1) + max_new_tokens))
+    cache = KVCache(min(block_size, -(-(idx.size(1) + max_new_tokens) // 64) * 64))
     keys = torch.arange(cache.size, device=idx.device)
     ended = torch.zeros_like(idx[:, :1], dtype=torch.bool)
     for _ in range(max_new_tokens):
@@ -799,9 +799,9 @@ class Loader:
 
 @contextlib.contextmanager
 def evaluating(model, runtime):
-    """No gradients, no dropout, the training precision."""
+    """No gradients, no dropout, the training precision. (inference_mode would keep no casts.)"""
     model.eval()
-    with torch.no_grad(), runtime.autocast():  # in inference_mode each call would cast the weights
+    with torch.no_grad(), runtime.autocast(), hardware.any_shape():
         yield
     model.train()
 
@@ -1029,7 +1029,7 @@ def train_step(model, state, batches, micro_steps, lr, runtime, stop=False, norm
         norms.before()
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip or math.inf)
     # the step's one wait for the device, and its one small reduction
-    told = runtime.sum(torch.stack((loss, norm, loss.new_tensor(float(stop)))))
+    told = runtime.sum(torch.stack((loss, norm, loss.new_full((), float(stop)))))
     loss, norm, stop = (told / runtime.world).tolist()
     if math.isfinite(loss) and math.isfinite(norm):
         for group in state.optimizer.param_groups:

@@ -168,6 +168,14 @@ def test_a_peer_computes_the_same_loss_and_gradients(name, keys, tiny, make_mode
     torch.testing.assert_close(*wte, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["ours", "plain", "transformers"])
+def test_each_side_compiles_to_one_graph(name, tiny, make_model):
+    model = make_model(replace(tiny, **GPT2_IDS)).train()
+    side = bench.PEERS.get(name, lambda model: model)(model)
+    idx = torch.zeros(2, 16, dtype=torch.long)
+    assert torch.compile(side, backend="eager", fullgraph=True)(idx, idx).isfinite()
+
+
 @pytest.mark.parametrize("name", ["plain", "transformers"])
 def test_a_peer_takes_the_same_steps_beside_ours(name, figures, tiny, tmp_path):
     cfg = replace(tiny, **GPT2_IDS, data_dir=str(tmp_path / "missing"), max_steps=20)
@@ -303,6 +311,15 @@ def test_parts_that_fail_or_take_too_long_leave_the_others_figures(monkeypatch, 
     assert "n_embd=7" in capsys.readouterr().out
 
 
+def test_parts_can_be_chosen_and_are_checked(figures, monkeypatch):
+    ran = []
+    monkeypatch.setattr(bench, "run_part", lambda command, *_: ran.append(command) or {})
+    assert {"xl", "docs"} <= figures("all", "--parts", "xl", "docs").keys()
+    assert ["gpt2_xl" in ran[0], "python-docs" in ran[1], len(ran)] == [True, True, 2]
+    with pytest.raises(UserError, match=r"parts=fly is none of docs, plain"):
+        figures("all", "--parts", "fly")
+
+
 @pytest.mark.slow
 def test_a_rehearsal_of_all_leaves_every_part_s_figures(run_cli, tmp_path):
     path = tmp_path / "all.json"
@@ -387,6 +404,9 @@ def test_batched_predictions_are_those_of_one_task_at_a_time(figures):
     assert written["tasks"] == written["tasks_that_agree"] == 6
     rates = ("batched_tasks_per_s", "one_at_a_time_tasks_per_s", "ratio_to_one_at_a_time")
     assert_positive(written, *rates)
+    alone = figures("hellaswag", *TINY_MODEL, *options, "--against=none")
+    assert_positive(alone, "seconds", "batched_tasks_per_s")
+    assert not alone.keys() & {"tasks_that_agree", *rates[1:]}
 
 
 def test_every_sample_of_the_batch_counts(figures, monkeypatch):

@@ -10,7 +10,7 @@ import hardware
 import train_gpt2
 from bench import watch_memory
 from common import UserError
-from train_gpt2 import GPT, Config, HeadLoss, Runtime
+from train_gpt2 import GPT, Config, HeadLoss, Runtime, evaluating
 
 
 def tokens(cfg, rows, length, seed=0):
@@ -320,6 +320,16 @@ def test_short_contexts_in_bfloat16_take_the_plain_kernel_on_a_cpu(
     cfg, runtime = replace(tiny, block_size=T, compile_model=compiled), Runtime("cpu", dtype)
     hardware.choose_attention(cfg, runtime)
     assert hardware.attention_kernel(cfg, runtime) == kernel
+
+
+def test_evaluation_leaves_cudnn_out_unless_it_was_asked_for(tiny, make_model, runtime, kernels):
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    for name, before, within in (("auto", True, False), ("cudnn", True, True), ("flash", False, 0)):
+        hardware.allow_attention(name)
+        assert enabled() == before
+        with evaluating(make_model(tiny), runtime):
+            assert enabled() == within
+        assert enabled() == before
 
 
 def test_masked_attention_works_whatever_kernel_is_chosen(tiny, make_model, kernels):
