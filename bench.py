@@ -16,6 +16,7 @@ machine does slows both sides. Above 1, the side named first is the faster.
 
 import collections
 import contextlib
+import copy
 import functools
 import gc
 import importlib.util
@@ -24,6 +25,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -222,7 +224,8 @@ PEERS = {"plain": Plain, "transformers": Transformers}
 
 def peer_side(peer, cfg, loader, runtime, closing):
     """The usual training loop, of a peer on the loader's batches -> (what takes a step,)."""
-    peer, micro_steps = peer.to(runtime.device), loader.G // loader.B
+    # a copy, so that its weights count as its memory on a CPU, too
+    peer, micro_steps = copy.deepcopy(peer).to(runtime.device), loader.G // loader.B
     optimizer = gpt.make_optimizer(peer, cfg)
     if isinstance(peer, Plain) and runtime.device.type != "cuda":  # as build-nanogpt chooses
         for group in optimizer.param_groups:
@@ -300,27 +303,32 @@ def warm_up(make, runtime):
         made = make()
         made[0]()
         first_step = time.perf_counter() - begin
-        runtime.forget_memory()  # what compiling took for itself is not a step's
+        hardware.forget_memory(runtime)  # what compiling took for itself is not a step's
         made[0]()  # the first with AdamW's moments
     return made, {"first_step_s": first_step, "peak_memory_gib": peak[0] / 2**30}
 
 
-def profiled(step, folder):
+def profiled(step, folder, cuda):
     """Trace one step into `folder` -> {operator: its own ms}, the longest first."""
-    kinds = [CPU, torch.profiler.ProfilerActivity.CUDA][: 1 + torch.cuda.is_available()]
-    with torch.profiler.profile(activities=kinds) as profiler:
+    with torch.profiler.profile() as profiler:
         step()
-    Path(folder).mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(Path(folder, "trace.json.gz")))
     averages = profiler.key_averages()
-    own = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    own = "self_device_time_total" if cuda else "self_cpu_time_total"
     table = averages.table(sort_by=own, row_limit=40, max_name_column_width=60)
     Path(folder, "operators.txt").write_text(table, encoding="utf-8")
-    if torch.cuda.is_available():  # a kernel's time stands at the operator that launched it, too
+    if cuda:  # a kernel's time stands at the operator that launched it, too
         on_gpu = torch.autograd.DeviceType.CUDA
         averages = [a for a in averages if a.device_type == on_gpu and not a.is_user_annotation]
     longest = sorted(averages, key=lambda a: getattr(a, own), reverse=True)[:12]
     return {a.key: getattr(a, own) / 1000 for a in longest}
+
+
+def make_folder(path):
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"profile={path} is no folder that can be made: {error.strerror}") from None
 
 
 def step_figures(seconds, tokens, flops, peak):
@@ -340,6 +348,10 @@ def bench_train(options):
     runtime, name, waits = gpt.Runtime(options.device, options.dtype), options.against, []
     if name != "none" and runtime.world > 1:
         raise UserError(f"against={name} compares on one rank: leave torchrun out")
+    if name != "none" and (options.gradient_checkpointing or runtime.dtype == torch.float16):
+        raise UserError(f"against={name} knows no gradient_checkpointing and no dtype=float16")
+    if options.profile:  # before the time is spent
+        make_folder(options.profile)
     with (
         contextlib.closing(runtime),
         training_data(options) as (cfg, data),
@@ -377,7 +389,7 @@ def bench_train(options):
             ratio = f"ratio_to_{name}"
             figures[ratio] = compare(seconds, tokens, "tokens")[ratio]
         if cfg.profile:
-            figures["operators_ms"] = profiled(step, cfg.profile)
+            figures["operators_ms"] = profiled(step, cfg.profile, runtime.device.type == "cuda")
         return figures
 
 
@@ -392,8 +404,8 @@ class MemoryOptions(gpt.Config):
 def bench_memory(options):
     """peak memory by layers and sequences, from small models, and what fits on which card"""
     runtime = gpt.Runtime(options.device, options.dtype)
-    if runtime.world > 1:
-        raise UserError("memory is measured on one rank: leave torchrun out")
+    if runtime.world > 1 or options.init_from:
+        raise UserError("memory is measured on one rank, of new models: no torchrun, no init_from")
     with contextlib.closing(runtime), training_data(options) as (cfg, data):
         shards = gpt.TokenShards(cfg.data_dir, "train")
 
@@ -422,11 +434,14 @@ def bench_memory(options):
             end = ends[0] + (ends[1] - ends[0]) * (layers - few) / (many - few)
             return float(max(end, parts @ terms(layers, B, chunks)))
 
-        # on a GPU there is room for the model itself
-        check = (cfg.n_layer, 8, 1) if runtime.device.type == "cuda" else (3, 10, 1)
+        free = torch.cuda.mem_get_info()[0] / 2**30 if runtime.device.type == "cuda" else 0
+        check = cfg.n_layer, 8, 1  # the model itself, where there is room for it
+        check = check if predicted(*check) < free else (3, 10, 1)
         found, L = measured(*check), cfg.n_layer
         weights, per_layer, sequence, layer_sequence, logits = parts.tolist()
-        figures = described(runtime, gpt.GPT(cfg)) | {
+        with torch.device("meta"):
+            model = gpt.GPT(cfg)
+        figures = described(runtime, model) | {
             "data": data,
             "weights_gib": weights + L * per_layer,  # with gradients and AdamW's moments
             "activations_gib_per_sequence": sequence + L * layer_sequence,
@@ -457,8 +472,7 @@ def bench_precision(options):
     figures = {}
     for name, cfg in sides.items():
         runtime = gpt.Runtime(cfg.device, cfg.dtype)
-        shards = (gpt.TokenShards(cfg.data_dir, split) for split in ("train", "val"))
-        train_shards, val_shards = shards
+        train_shards, val_shards = (gpt.TokenShards(cfg.data_dir, x) for x in ("train", "val"))
         with contextlib.closing(runtime), contextlib.ExitStack() as closing:
             step, loader, model = own_side(cfg, runtime, train_shards, closing, [])
             for _ in tqdm(range(cfg.steps), name, delay=5, leave=False, disable=None):
@@ -769,7 +783,7 @@ LONGEST = 200  # seconds that a part may take of the others' time
 TRY = "train_gpt2.py configs/tiny.toml --data_dir={folder}/docs --log_dir={folder}/log"
 PARTS = {  # the most telling first
     "docs": "fineweb.py --source=python-docs --out_dir={folder}/docs",
-    "plain": "bench.py train {config} --steps={steps} --against=plain --profile={folder}",
+    "plain": "bench.py train {config} --steps={steps} --against=plain --profile={trace}",
     "sample": "bench.py sample {model} --max_new_tokens={length}",
     "hellaswag": "bench.py hellaswag {model} --examples={tasks} --rounds=1 --data={data}",
     "hellaswag_whole": "bench.py hellaswag {model} --examples={whole} --against=none --data={data}",
@@ -805,7 +819,7 @@ REHEARSAL = dict(
 
 def run_part(command, seconds, path):
     """A command's figures (or last lines), and how long it took; or why there are none."""
-    words, env, begin = command.split(), dict(os.environ), time.perf_counter()
+    words, env, begin = shlex.split(command), dict(os.environ), time.perf_counter()
     while not words[0].endswith(".py"):
         key, _, env[key] = words.pop(0).partition("=")
     words += [f"--json={path}"] if words[0] == "bench.py" else []
@@ -829,7 +843,10 @@ def bench_all(options):
     if unknown := [name for name in options.parts if name not in PARTS]:
         raise UserError(f"parts={unknown[0]} is none of {', '.join(PARTS)}")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        values = (REHEARSAL if options.small else FULL) | {"folder": folder, "data": options.data}
+        paths = dict(folder=folder, trace=Path(options.json).with_suffix("").absolute())
+        paths["data"] = Path(options.data).absolute() if options.data else ""
+        paths = {key: shlex.quote(str(path)) for key, path in paths.items()}
+        values = (REHEARSAL if options.small else FULL) | paths
         for name in options.parts or PARTS:
             left, path = min(LONGEST, end - time.perf_counter()), Path(folder, f"{name}.json")
             figures[name] = {"not_done": "no time was left"}
@@ -838,7 +855,8 @@ def bench_all(options):
             print(f"\n{name}", flush=True)
             show(figures[name])
             write_json(options.json, figures)
-    return figures | {"failed": [name for name in figures if "error" in figures[name]]}
+    told = {"failed": "error", "left_out": "not_done"}
+    return figures | {what: [n for n in figures if key in figures[n]] for what, key in told.items()}
 
 
 # ---------------------------------------------------------------- main
@@ -867,15 +885,20 @@ def main():
     bench, kind = COMMANDS[name]
     if issubclass(kind, gpt.Config):
         options, _ = gpt.load_config(argv, kind, __doc__)
+        if options.resume:
+            raise UserError("bench.py starts from step 0: leave resume out")
     else:
         options = command_line(kind, __doc__, argv, prog=f"bench.py {name}")
     for key, value in asdict(options).items():
         if key in AT_LEAST_ONE and value < 1:
             raise UserError(f"{key}={value} must be 1 or more")
-    figures = bench(options)
+    try:
+        figures = bench(options)
+    except torch.OutOfMemoryError:
+        raise UserError(f"{name} is out of memory: halve --micro_batch_size or --batch") from None
     if os.environ.get("RANK", "0") != "0":
         return
-    show(figures if name != "all" else {"failed": figures["failed"]})
+    show(figures if name != "all" else {key: figures[key] for key in ("failed", "left_out")})
     show(environment())
     if options.json:
         write_json(options.json, {"bench": name, **figures, **environment()})

@@ -216,12 +216,6 @@ class Runtime:
             how = how | {"store": store, "rank": self.rank, "world_size": self.world}
         dist.init_process_group(timeout=timeout, **how)
 
-    def forget_memory(self):
-        """Give cached memory back and count the peak anew."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
     def autocast(self):
         """Context in which matrix products run in `dtype`; weights stay float32."""
         if self.dtype == torch.float32:
@@ -262,6 +256,8 @@ class Runtime:
         new = "forward_sync_buffers" in inspect.signature(ddp).parameters  # from torch 2.13 on
         constant = {"forward_sync_buffers" if new else "broadcast_buffers": False}
         model = ddp(model, device_ids=gpu, gradient_as_bucket_view=True, **constant)
+        # compiled before it was wrapped, as one graph, no reduction would start before its end
+        torch.compiler.reset()
         # a first pass settles DDP's order of summation: without it a resumed run has another
         idx = torch.zeros(B, T, dtype=torch.long, device=self.device)
         with self.autocast():
@@ -381,8 +377,8 @@ def replace_by_slope(logits, targets, cap):
     if cap:
         z = cap * torch.tanh(z / cap)
     d = z.softmax(-1)  # its largest gives logsumexp without another exponential
-    nll = z.amax(-1, keepdim=True) - d.amax(-1, keepdim=True).log() - z.gather(1, own)
-    d_own = torch.exp(-nll) - 1  # softmax minus one-hot
+    nll = (z.amax(-1, keepdim=True) - z.gather(1, own)) - d.amax(-1, keepdim=True).log()
+    d_own = torch.expm1(-nll)  # softmax minus one-hot
     if cap:
         steep = 1 - (z / cap) ** 2
         d, d_own = d * steep, d_own * steep.gather(1, own)
@@ -402,12 +398,14 @@ class HeadLoss(torch.autograd.Function):
         device = x.device.type
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         w, loss, dx, dw = head.to(low), 0.0, [], None
+        ctx.part = 2**-6 if low == torch.float16 else 1  # a sum of all rows would leave its range
         for h, t in zip(x.to(low).chunk(chunks), targets.chunk(chunks), strict=True):
             d = h @ w.t()
             loss = loss + HeadLoss.of_logits(d, t, cap)
             if ctx.needs_input_grad[0]:
                 dx.append((d @ w).to(x.dtype))
-                dw = (d.t() @ h).to(head.dtype) if dw is None else dw.add_(d.t() @ h)
+                dh = d.t() @ (h * ctx.part)
+                dw = dh.to(head.dtype) if dw is None else dw.add_(dh)
         if dx:
             ctx.save_for_backward(dx[0] if len(dx) == 1 else torch.cat(dx), dw)
         return loss / len(x)
@@ -424,7 +422,8 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
-        return dx * (grad / len(dx)), dw * (grad / len(dx)), None, None, None
+        grad = grad / len(dx)
+        return dx * grad, dw * (grad / ctx.part), None, None, None
 
 
 class GPT(nn.Module):

@@ -195,6 +195,27 @@ def test_a_peer_of_another_architecture_is_refused(name, keys, reason, figures, 
         figures("train", *keys, f"--against={name}", f"--data_dir={tmp_path}", *TINY_MODEL)
 
 
+@pytest.mark.parametrize("words, told", [
+    (["train", "--against=plain", "--gradient_checkpointing=True"], "knows no gradient_check"),
+    (["train", "--against=plain", "--dtype=float16"], "knows no .* dtype=float16"),
+    (["train", "--resume=True"], "leave resume out"),
+    (["train", f"--profile={TASKS}"], "profile=.*is no folder that can be made"),
+    (["memory", "--init_from=gpt2"], "of new models"),
+])  # fmt: skip
+def test_what_cannot_be_measured_is_told_at_once(words, told, figures):
+    with pytest.raises(UserError, match=told):
+        figures(*words, *TINY_MODEL)
+
+
+def test_out_of_memory_is_told_in_a_line(monkeypatch, figures):
+    def too_much(options):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setitem(bench.COMMANDS, "sample", (too_much, bench.SampleOptions))
+    with pytest.raises(UserError, match="sample is out of memory: halve"):
+        figures("sample")
+
+
 def test_peers_are_not_for_several_ranks(run_cli):
     done = run_cli("bench.py", "train", "--against=plain", "--device=cpu", launcher=TWO_RANKS)
     assert done.returncode and "against=plain compares on one rank" in done.stderr
@@ -273,10 +294,12 @@ def options_of(command):
 @pytest.mark.parametrize("name", bench.PARTS)
 def test_each_part_is_a_command(name, values, monkeypatch):
     monkeypatch.chdir(Path(bench.__file__).parent)
-    script, options = options_of(bench.PARTS[name].format(**values, folder="/tmp/x", data=""))
+    script, options = options_of(
+        bench.PARTS[name].format(**values, folder="/tmp/x", trace="x", data="")
+    )
     assert Path(script).exists() and options
     if values is bench.FULL and name in ("plain", "transformers", "base", "memory"):
-        assert gpt.GPT.__name__ and (options.n_layer, options.n_embd) == (12, 768)
+        assert (options.n_layer, options.n_embd) == (12, 768)
 
 
 def test_parts_that_fail_or_take_too_long_leave_the_others_figures(monkeypatch, tmp_path, capsys):
@@ -308,6 +331,7 @@ def test_parts_that_fail_or_take_too_long_leave_the_others_figures(monkeypatch, 
     assert written["never_ends"] == {"not_done": "stopped after 20 s"}
     assert written["too_late"] == {"not_done": "no time was left"}
     assert written["failed"] == ["fails"] and set(written) >= VERSIONS
+    assert written["left_out"] == ["never_ends", "too_late"]
     assert "n_embd=7" in capsys.readouterr().out
 
 

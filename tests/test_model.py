@@ -212,6 +212,19 @@ def loss_and_gradients(model, idx):
     return loss.item(), gradients, sum(kept.values())
 
 
+def test_float16_gradients_of_many_rows_that_agree_stay_finite():
+    x, targets = torch.ones(4096, 8), torch.zeros(4096, dtype=torch.long)
+    x[:, 3] = 40.0  # a feature far out: 4,096 rows of it are 163,840, float16 ends at 65,504
+
+    def gradient(enabled):
+        head = torch.zeros(64, 8, requires_grad=True)
+        with torch.autocast("cpu", torch.float16, enabled=enabled):
+            HeadLoss.apply(x.requires_grad_(), head, targets, 0.0, 1).backward()
+        return head.grad
+
+    torch.testing.assert_close(gradient(True), gradient(False), rtol=2e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("keys", [{}, {"loss_chunks": 4}])
 def test_recomputing_blocks_keeps_less_and_changes_no_gradient(

@@ -21,7 +21,7 @@ SHORT = {  # what makes a command short enough for a test
     "bench.py": ["--steps=1", "--n_layer=1", "--n_embd=32", "--compile_model=False"],
 }  # fmt: skip
 NOT_HERE = r"torchrun|fineweb\.py$|pretokenized|my_texts|--subset|--dataset|edu_fineweb10B"
-NOT_HERE += r"|small_card|finetune|eval_gpt2|train_gpt2\.py$"
+NOT_HERE += r"|small_card|finetune|eval_gpt2|train_gpt2\.py$|bench\.py (memory|all)"
 
 
 def local(command):

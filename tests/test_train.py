@@ -681,7 +681,7 @@ def test_peak_flops_are_the_gpus_or_unknown(monkeypatch, name, teraflops):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a malloc of another kind")
-@pytest.mark.parametrize("make_runtime, kept", [("", False), ("Runtime('cpu')", True)])
+@pytest.mark.parametrize("make_runtime, kept", [("", False), ("Runtime('cpu', 'float32')", True)])
 def test_run_on_a_cpu_keeps_the_memory_it_frees(make_runtime, kept):
     code = f"""
 import os, torch
@@ -834,7 +834,7 @@ def test_newest_checkpoint_is_the_newest_beyond_six_digits(tmp_path):
     names = ["step_998000.pt", "step_999000.pt", "step_1000000.pt"]
     for name in reversed(names):
         (tmp_path / name).touch()
-    assert [path.name for path in train_gpt2.checkpoints(tmp_path)] == names
+    assert [path.name for path in runs.checkpoints(tmp_path)] == names
 
 
 def test_run_without_float16_resumes_with_it(tiny_run, train):
