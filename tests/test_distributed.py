@@ -59,6 +59,35 @@ def test_mistake_under_torchrun_is_told_once(run_cli, tmp_path, mistake, told):
     assert list(tmp_path.iterdir()) == []
 
 
+COMPILED_BEFORE_IT_IS_WRAPPED = """
+import torch
+from train_gpt2 import GPT, Config, Runtime
+
+def backend(graph, inputs):
+    made.append(graph)
+    return graph.forward
+
+made, runtime = [], Runtime("cpu", "float32")
+model = GPT(Config(n_layer=3, n_head=2, n_embd=256, block_size=16, vocab_size=512))
+fast, idx = torch.compile(model, backend=backend), torch.zeros(2, 16, dtype=torch.long)
+fast(idx, idx).backward()  # as fitting the micro-batch does
+alone = len(made)
+runtime.parallel(fast, 2, 16)
+runtime.print(f"{alone} graph alone, {len(made) - alone} graphs in DDP")
+runtime.close()
+"""
+
+
+def test_compiled_model_is_cut_at_ddp_s_buckets(run_cli, tmp_path, monkeypatch):
+    """As one graph it would have no gradient ready before its end, for DDP to overlap."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    script = tmp_path / "x.py"
+    script.write_text(COMPILED_BEFORE_IT_IS_WRAPPED)
+    done = run_cli(script, launcher=TORCHRUN)
+    graphs = re.search(r"^1 graph alone, (\d+) graphs in DDP$", done.stdout, re.MULTILINE)
+    assert graphs and int(graphs[1]) > 1, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number, everyone", [(signal.SIGTERM, False), (signal.SIGINT, True)])
 def test_stopped_torchrun_saves_one_checkpoint(tiny_run, tmp_path, number, everyone):
