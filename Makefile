@@ -14,10 +14,10 @@ train: .venv/ready
 	$(BIN)/python train_gpt2.py configs/tiny.toml $(ARGS)
 
 test: .venv/ready-dev
-	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -q -n auto --maxprocesses=8 -m "not slow" $(ARGS)
 
-test-all: .venv/ready-dev
-	$(BIN)/python -m pytest -q $(ARGS)
+test-all: test
+	$(BIN)/python -m pytest -q -m slow $(ARGS)
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .
