@@ -48,7 +48,7 @@ import reading
 import train_gpt2 as gpt
 from common import UserError, command_line, run, write_json
 from pretrained import KINDS
-from sample import best_step
+from sample import best_step, by_columns
 
 NEEDED = 600_000  # tokens/s of training on one fast GPU, which the loader has to feed
 CPU = torch.profiler.ProfilerActivity.CPU
@@ -745,6 +745,7 @@ def transformers_sampler(model, runtime):
 def bench_sample(options):
     """generate() with its cache, beside itself without, and transformers where it is installed"""
     runtime, model, figures = open_model(options)
+    model = by_columns(model)
     idx = torch.zeros(options.batch, 1, dtype=torch.long, device=runtime.device)
 
     def sample(generate, length, **how):

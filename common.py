@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 import tomllib
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import tyro
@@ -47,6 +47,10 @@ def run(main):
 
 def command_line(options, description, args=None, prog=None):
     """Parse `--key=value` (or `--key value`) into a dataclass; its comments are the help."""
+    given = [arg.partition("=")[0] for arg in (sys.argv[1:] if args is None else args)]
+    for field in fields(options):
+        if isinstance(field.default, tuple) and given.count(flag := f"--{field.name}") > 1:
+            raise UserError(f"{flag} is given twice: name all of them after one {flag}")
     return tyro.cli(
         options,
         prog=prog,

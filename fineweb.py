@@ -14,6 +14,7 @@ was stopped, started again it goes on from the last shard and ends with the same
 files -> blocks of texts (Arrow strings) -> tokens (uint16) -> shards -> manifest.json
 """
 
+import array
 import base64
 import collections
 import contextlib
@@ -46,13 +47,18 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 import reading
 from common import UserError, check_disk, command_line, replacing, run
-from reading import PIECE, count, large_strings, local_files
+from reading import PIECE, bounds, count, large_strings, local_files
 
 TABLE = Path(__file__).parent / "assets" / "gpt2.tiktoken"  # `<token in base64> <id>` a line
 MARK = "<|endoftext|>"
 END_OF_TEXT = 50256  # also the last id of the GPT-2 vocabulary: ids above it only pad matrices
 BIN_HEADER = 256  # int32 values before the tokens of a .bin shard (llm.c, modded-nanogpt)
 BIN_MAGIC, BIN_VERSION = 20240520, 1
+# numpy's parser is Python's own, which in 3.11 fails at times when two threads call it
+NPY_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '<u2', 'fortran_order': \w+, 'shape': \(([1-9]\d*),\), \} *\n",
+    re.S,
+)
 MANIFEST = "manifest.json"
 VERSION = 1  # of this tool, for the manifest: raised when the same text would give other shards
 GPT2_BATCH = 524_288  # tokens an optimizer step of GPT-2 (124M), about the paper's 0.5M
@@ -77,7 +83,7 @@ def tokenizer():
 def shard_paths(folder, split):
     """The shards of "train" or "val" in a folder, in order; a UserError while it is being made."""
     check_finished(Path(folder))
-    paths = sorted(Path(folder).glob(f"*_{split}_*"))
+    paths = sorted(Path(folder).glob(f"*_{split}[_.]*"))  # llm.c has ..._train.bin, too
     return [path for path in paths if path.suffix in (".npy", ".bin")]
 
 
@@ -98,24 +104,17 @@ def open_shard(path, scattered=False):
 
 
 def _open_npy(path):
-    try:
-        tokens = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, SystemError):  # the second is Python 3.11's, of a header that is whole
-        raise
-    except Exception as error:  # numpy's parser of the header fails in many ways
-        raise UserError(
-            f"{path} is no whole .npy shard ({error}); delete its folder and make it again"
-        ) from None
-    if tokens.dtype != np.uint16 or tokens.ndim != 1 or not tokens.size:
-        found = f"{tokens.dtype} of shape {tokens.shape}"
-        raise UserError(f"{path} is no token shard: expected one row of uint16, found {found}")
-    expected, size = tokens.offset + tokens.nbytes, path.stat().st_size
+    with open(path, "rb") as file:
+        head, size = file.read(256), path.stat().st_size
+    if not (header := NPY_HEADER.match(head)):
+        expected = "np.save's header of one row of uint16, a {'descr': '<u2', ...}"
+        found = repr(head[:90].rstrip().decode(errors="replace"))
+        raise UserError(f"{path} is no token shard: expected {expected}, found {found}")
+    expected = header.end() + 2 * int(header[1])
     if size != expected:
         lengths = f"its header promises {expected:,} bytes, found {size:,}"
-        raise UserError(
-            f"{path} is no whole .npy shard: {lengths}; delete its folder and make it again"
-        )
-    return tokens
+        raise UserError(f"{path} is not whole: {lengths}; delete its folder and make it again")
+    return np.memmap(path, dtype="<u2", mode="r", offset=header.end())
 
 
 def _open_bin(path):
@@ -142,15 +141,15 @@ class Options:
     input: tuple[str, ...] = ()  # local: files, folders, globs: .txt .md .jsonl (.gz .zst) .parquet
     text_column: str = "text"  # the field of .jsonl lines and .parquet rows that holds the text
     dataset: str = ""  # on Hugging Face; "" = HuggingFaceFW/fineweb-edu, kjj0/finewebedu10B-gpt2
-    subset: str = "sample/10BT"  # fineweb-edu: the folder of the dataset to read; "" = all
+    subset: str = ""  # a folder of it, or how its files begin; "" = all; of FineWeb: sample/10BT
     revision: str = "main"  # of the dataset: a branch, tag or commit
     out_dir: str = ""  # "" = edu_fineweb10B, local_text or python_docs, by source
     shard_tokens: int = 100_000_000  # tokens a shard, 2 bytes each
     val_tokens: int = 0  # the first tokens of the input; 0 = fineweb-edu: one shard, else 32,768
-    max_shards: int = 0  # training shards to make, beside the validation shard; 0 = all
+    max_shards: int = 0  # training shards to make at most, of all ranks, beside validation; 0 = all
     processes: int = 0  # cores that tokenize; 0 = all
     tokenizer: Literal["auto", "gigatoken", "tiktoken"] = "auto"  # same tokens; auto = the faster
-    verify: str = ""  # a folder of shards to check against its manifest, and nothing else
+    verify: str | None = None  # a folder of shards to check against its manifest, nothing else
 
 
 HUB = ("dataset", "revision")
@@ -162,6 +161,7 @@ SOURCES = {  # default out_dir, default dataset, the options that decide what th
     "local": ("local_text", "", ("input", *TEXT)),
     "python-docs": ("python_docs", "", SIZES),
 }
+MOST = 1_000_000_000  # tokens of a shard, which is made in memory
 ANY_SOURCE = ("source", "out_dir", "max_shards", "processes", "tokenizer")
 
 
@@ -173,18 +173,22 @@ def resolve(options):
         value, least = getattr(options, field.name), int(field.name == "shard_tokens")
         if value != field.default and field.name not in deciding + ANY_SOURCE:
             raise UserError(f"--{field.name} has no meaning with --source={source}: leave it out")
-        if field.type is int and value < least:
-            raise UserError(f"--{field.name}={value} is too small: expected {least} or more")
+        if field.type is int and not least <= value <= MOST:
+            expected = f"expected {least} to {MOST:,}"
+            raise UserError(f"--{field.name}={value} is not possible: {expected}")
     if source == "local" and not options.input:
         raise UserError("--source=local needs --input=PATH: files, folders or globs of text")
     gigatoken = importlib.util.find_spec("gigatoken")
     if options.tokenizer == "gigatoken" and not gigatoken:
         raise UserError("gigatoken is missing: pip install gigatoken, or --tokenizer=tiktoken")
+    dataset = options.dataset or dataset
+    subset = "sample/10BT" if dataset.startswith("HuggingFaceFW/fineweb") else ""
     val_tokens = options.shard_tokens if source == "fineweb-edu" else 32_768
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) or 1
     return replace(
         options,
-        dataset=options.dataset or dataset,
+        dataset=dataset,
+        subset=options.subset or subset,
         out_dir=options.out_dir or out_dir,
         val_tokens=options.val_tokens or val_tokens,
         processes=min(options.processes or cores, 61),  # Windows waits for no more
@@ -273,7 +277,7 @@ def open_source(options, revision):
     files = in_subset(options.subset, files)
     if not files:
         there = f"{options.dataset}/{options.subset}/"
-        raise UserError(f"no .parquet file in {there}: see --dataset, --subset (its folder)")
+        raise UserError(f"no .parquet file in {there}: see --dataset, --subset")
     if not options.max_shards:
         check_downloads(options.dataset, commit, files)
 
@@ -284,12 +288,17 @@ def open_source(options, revision):
 
 
 def in_subset(subset, files):
-    """The .parquet files of a folder, or of FineWeb's configuration of that name."""
+    """The .parquet files of a folder or of FineWeb's configuration of that name, or that begin so.
+
+    Where some are called train, the others (test, validation) are left out.
+    """
     files = [file for file in files if file.rfilename.endswith(".parquet")]
-    for folder in (subset, subset.replace("-", "/"), f"data/{subset}"):
-        prefix = folder.strip("/") + "/" * bool(subset)
-        if inside := [file for file in files if file.rfilename.startswith(prefix)]:
-            return inside
+    subset = subset.strip("/")
+    names = (subset, subset.replace("-", "/"), f"data/{subset}")
+    for start in [*(f"{name}/" for name in names), subset]:
+        if inside := [file for file in files if file.rfilename.startswith(start)]:
+            train = [f for f in inside if re.search(r"(^|/)train(?![a-z])", f.rfilename)]
+            return train or inside
     return []
 
 
@@ -348,18 +357,20 @@ def follow_parent():
 
 
 def encode_block(block, fast):
-    texts = block.load()
-    tokens = fast.encode(texts) if fast else encode(texts.to_pylist())
-    if not block.whole:
-        within = tokens == END_OF_TEXT
-        within[:1] = block.start > 0
-        tokens = tokens[~within]
-    return tokens
+    """The tokens of a Block as one uint16 array, each document of it led by <|endoftext|>."""
+    parts = []
+    for texts, begins in reading.stretches(block.load(), block.goes_on):
+        tokens = fast.encode(texts) if fast else encode(texts.to_pylist())
+        if not begins.all():
+            marks = np.flatnonzero(tokens == END_OF_TEXT)  # one a text, but for empty texts
+            tokens = np.delete(tokens, marks[~begins[np.diff(bounds(texts)) > 0]])
+        parts.append(tokens)
+    return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 def encode(texts):
     """The tokens of texts as one uint16 array, each led by <|endoftext|>; an empty one has none."""
-    tokens = []
+    tokens = array.array("H")
     for text in filter(None, texts):
         tokens.append(END_OF_TEXT)
         tokens.extend(tokenizer().encode_ordinary(text))
@@ -377,9 +388,8 @@ DISPUTED_BYTES = 0xE0A2, 0xE0B1, 0xE0B3, 0xE1B2, 0xEA9F  # how they begin in UTF
 
 def disputed(texts):
     """The numbers of the texts that hold a DISPUTED letter."""
-    _, offsets, data = texts.buffers()
-    ends = np.frombuffer(offsets, np.int64)[texts.offset :][: len(texts) + 1]
-    data = np.frombuffer(data or b"", np.uint8)[ends[0] : ends[-1]]
+    ends = bounds(texts)
+    data = np.frombuffer(texts.buffers()[2] or b"", np.uint8)[ends[0] : ends[-1]]
     # of a character's three or four bytes the first
     at = [np.flatnonzero(data[i : i + PIECE] >= 0xE0) + i for i in range(0, len(data), PIECE)]
     at = np.concatenate([*at, np.empty(0, np.int64)])
@@ -651,7 +661,7 @@ def fetch_shards(options, ranks, manifest):
 
 def fetch_shard(options, file, name, commit):
     """Download one shard, give it its name when it is whole, and return its entry."""
-    incoming = Path(options.out_dir, INCOMING)  # where an interrupted download goes on
+    incoming = Path(options.out_dir, INCOMING)
     path = Path(download(options, file.rfilename, commit, incoming))
     entry = describe(path) | {"file": name}
     expected = file.lfs.sha256 if file.lfs else entry["sha256"]
@@ -676,7 +686,10 @@ def begin(options, ranks):
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: choose another --out_dir")
     parts = sorted(folder.glob(PARTIAL.format("*")))
-    manifests = [read_manifest(path) for path in [*folder.glob(MANIFEST), *parts]]
+    try:
+        manifests = [read_manifest(path) for path in [*folder.glob(MANIFEST), *parts]]
+    except FileNotFoundError:  # another run has just ended: look again
+        return begin(options, ranks)
     if not manifests:
         if found := shard_files(folder):
             raise UserError(f"{folder} holds {len(found)} shards and no {MANIFEST}: {ANEW}")
@@ -701,7 +714,7 @@ def begin(options, ranks):
 @contextlib.contextmanager
 def locked(folder, ranks):
     """Keep other runs out of a folder; the system lets go when this one ends, even killed."""
-    new, path = not folder.exists(), folder / f".lock.{ranks.rank}"
+    path = folder / f".lock.{ranks.rank}"
     folder.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         try:
@@ -723,8 +736,7 @@ def locked(folder, ranks):
         finally:
             with contextlib.suppress(OSError):  # Windows deletes no open file
                 path.unlink()
-                if new:  # and still empty
-                    folder.rmdir()
+                folder.rmdir()  # where nothing was made
 
 
 def settings(options):
@@ -746,7 +758,9 @@ def finish(folder, ranks, manifest):
     if ranks.rank == 0:
         numbers = {shard_number(shard["file"]) for shard in manifest["shards"]}
         for name in shard_files(folder):  # one that was made, but not noted when a kill came
-            if (number := shard_number(name)) not in numbers and number - 1 in numbers:
+            number = shard_number(name)
+            first = number > 0 and number % ranks.numbers == 0  # of a rank
+            if number not in numbers and (first or number - 1 in numbers):
                 (folder / name).unlink()
         check_shards(folder, manifest)
         write_manifest(folder / MANIFEST, manifest)
@@ -784,6 +798,8 @@ def read_manifest(path):
         whole = whole and len({shard["file"] for shard in shards}) == len(shards)
         whole = whole and all(place is None or len(place) == 3 for place in places)
         whole = whole and manifest["ranks"] > 0
+    except FileNotFoundError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
@@ -873,7 +889,7 @@ def report(folder, manifest):
 
 def main():
     options = command_line(Options, __doc__)
-    if options.verify:
+    if options.verify is not None:
         verify(Path(options.verify))
     else:
         prepare(options)

@@ -33,7 +33,7 @@ class Block(NamedTuple):
     start: int  # what the file holds before them: lines, rows, documents, bytes of a .txt
     share: float  # of the file that is read by their end, 0 to 1
     size: int = 0  # of what is held, in bytes
-    whole: bool = True  # each is a document; else they are stretches of the one in the file
+    goes_on: bool = False  # the first text goes on with the document of the Block before
     file: int = 0  # its number in the source
 
 
@@ -103,6 +103,8 @@ def local_files(inputs):
     """The files to read under files, folders and globs: in the inputs' order, then by name."""
     found = {}
     for given in inputs:
+        if not given:
+            raise UserError("one --input is empty: expected a file, a folder or a glob")
         path = Path(given).expanduser()
         inside = (
             path.rglob("*") if path.is_dir() else map(Path, glob.glob(f"{path}", recursive=True))
@@ -141,10 +143,11 @@ CUT = re.compile(
     rb"(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)(?<!\xef\xbb\xbf)[ \t\r\n]"
 )
 STRETCH_BYTES = 1 << 14  # of a text: what has to be given to tiktoken for one disputed letter
+LONG_BYTES = 1 << 18  # a text above it is cut to stretches
 
 
 def read_text(path, _, skip):
-    """One document, in Blocks of stretches."""
+    """One document, in Blocks that end where a text may be cut."""
     with open_bytes(path) as (file, share):
         start, line, held, more = 0, 1, b"", b" "
         while more:
@@ -153,7 +156,7 @@ def read_text(path, _, skip):
             end = last_cut(held) if more else len(held)
             if start >= skip and end:
                 load = functools.partial(parse_text, held[:end], path, start, line)
-                yield Block(load, start, share(), end, whole=False)
+                yield Block(load, start, share(), end, goes_on=start > 0)
             start, line, held = start + end, line + held.count(b"\n", 0, end), held[end:]
 
 
@@ -169,12 +172,8 @@ def parse_text(data, path, start, line):
     import pyarrow
 
     text = data if start else data.removeprefix(b"\xef\xbb\xbf")  # the mark of some editors
-    ends = [0]
-    while match := CUT.search(text, ends[-1] + STRETCH_BYTES):
-        ends.append(match.start())
-    stretches = [text[a:b] for a, b in itertools.pairwise([*ends, len(text)])]
     try:
-        return pyarrow.array(stretches, pyarrow.large_binary()).cast(pyarrow.large_string())
+        return pyarrow.array([text], pyarrow.large_binary()).cast(pyarrow.large_string())
     except pyarrow.ArrowInvalid:
         pass
     try:
@@ -183,6 +182,34 @@ def parse_text(data, path, start, line):
         line += data.count(b"\n", 0, error.start)
         byte = f"byte {start + error.start + 1:,} of the file"
         raise not_utf8(f"{path}, line {line:,}, {byte}", error) from None
+
+
+def bounds(texts):
+    """Where each text of a large_string array begins in its buffer of bytes, and the last ends."""
+    return np.frombuffer(texts.buffers()[1], np.int64)[texts.offset :][: len(texts) + 1]
+
+
+def stretches(texts, goes_on):
+    """Cut texts above LONG_BYTES, copying nothing; yield (about BLOCK_BYTES of them, begins).
+
+    begins (texts,) is True for those that begin a document.
+    """
+    import pyarrow
+
+    ends, data, cuts = bounds(texts), texts.buffers()[2], []
+    for row in np.flatnonzero(np.diff(ends) > LONG_BYTES):
+        at, end = map(int, ends[row : row + 2])
+        while match := CUT.search(data, at + STRETCH_BYTES, end):
+            cuts.append(at := match.start())
+    rows = np.searchsorted(ends, cuts)
+    begins = np.insert(np.ones(len(texts), bool), rows, False)
+    begins[:1] &= not goes_on
+    ends = np.insert(ends, rows, cuts)
+    texts = pyarrow.LargeStringArray.from_buffers(len(begins), pyarrow.py_buffer(ends), data)
+    parts = int(ends[-1] - ends[0]) // BLOCK_BYTES
+    rows = np.searchsorted(ends, ends[0] + BLOCK_BYTES * np.arange(1, parts))
+    for a, b in itertools.pairwise([0, *rows, len(texts)]):
+        yield texts[a:b], begins[a:b]
 
 
 def read_lines(path, column, skip):
@@ -201,7 +228,8 @@ def whole_lines(file):
     """Yield what the file holds in stretches of about BLOCK_BYTES that end with a line."""
     held = b""  # the beginning of a line
     while True:
-        data = bytearray(len(held) + BLOCK_BYTES)  # which is read into, not copied
+        more = max(BLOCK_BYTES, len(held))  # of a long line twice as much each time
+        data = bytearray(len(held) + more)  # which is read into, not copied
         with memoryview(data) as view:
             view[: len(held)] = held
             size = file.readinto(view[len(held) :])
@@ -237,8 +265,9 @@ def parse_lines(data, lines, column, path, start):
     try:
         if not re.match(rb"(\xef\xbb\xbf)?\s*{", data):
             raise pyarrow.ArrowInvalid("its parser crashes where the first line is null")
+        held = [None, pyarrow.py_buffer(np.array([0, len(data)])), pyarrow.py_buffer(data)]
+        pyarrow.Array.from_buffers(pyarrow.large_string(), 1, held).validate(full=True)  # UTF-8
         table = pyarrow.json.read_json(pyarrow.BufferReader(data), read, parse)
-        table.validate(full=True)  # UTF-8
         if table.num_rows == lines and not table[column].null_count:
             return table[column].combine_chunks()
     except pyarrow.ArrowInvalid:
@@ -260,6 +289,7 @@ def parse_line(line, column, where):
         raise UserError(f"{where} is no JSON ({error}): mend it or take it out") from None
     if not isinstance(record, dict) or column not in record:
         found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        found = found or "no field"
         raise UserError(f"{where} has no {column!r} but {found}: see --text_column")
     text = record[column]
     if not isinstance(text, str | None):
@@ -339,11 +369,12 @@ def open_bytes(path):
     """(a file to read what is inside, a function that tells which share of it was read)"""
     import pyarrow  # reads .gz and .zst, and tells when the end is missing: zstandard does not
 
-    size = max(1, os.path.getsize(path))
-    codec = COMPRESSED.get(Path(path).suffix.lower())
+    size, codec = os.path.getsize(path), COMPRESSED.get(Path(path).suffix.lower())
+    if codec and not size:
+        raise OSError(f"cut off: it has no byte of {codec}")
     with pyarrow.OSFile(os.fsencode(path)) as packed:
         file = pyarrow.CompressedInputStream(packed, codec) if codec else packed
-        yield file, lambda: packed.tell() / size
+        yield file, lambda: packed.tell() / max(1, size)
 
 
 def not_utf8(where, error):

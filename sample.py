@@ -77,6 +77,16 @@ def load_text_model(name, device="cpu"):
     return model
 
 
+def by_columns(model):
+    """Turn the head over in memory: a CPU multiplies one row by it up to four times as fast so.
+
+    That is MKL's doing, in float32; in bfloat16, and for many rows, it makes no difference.
+    """
+    if (head := model.lm_head.weight).device.type == "cpu":
+        head.data = head.t().contiguous().t()
+    return model
+
+
 class GraphedStep:
     """`next_logits` on CUDA: a step of one token is replayed as a graph, without its launches."""
 
@@ -155,7 +165,7 @@ def main():
     if options.interactive and options.prompt:
         raise UserError("--interactive asks for prompts: leave --prompt out")
     runtime = Runtime(options.device, options.dtype)
-    model = load_text_model(options.model, runtime.device)
+    model = by_columns(load_text_model(options.model, runtime.device))
     prompts = iter(typed_prompt, "") if options.interactive else [options.prompt]
     with evaluating(model, runtime):
         for i, prompt in enumerate(prompts):

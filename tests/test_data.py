@@ -224,6 +224,12 @@ def test_spoilt_or_foreign_shard_is_one_clear_error(tmp_path, name):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_shards_of_llm_c_are_found_by_its_names(tmp_path):
+    for split, tokens in (("train", [1, 2, 3]), ("val", [4, 5])):
+        write_bin(tmp_path / f"TinyStories_{split}.bin", tokens)
+        assert TokenShards(str(tmp_path), split).paths == [tmp_path / f"TinyStories_{split}.bin"]
+
+
 def test_missing_shard_is_named(tmp_path):
     for name in ("a.npy", "a.bin"):
         with pytest.raises(UserError, match=f"{name}: No such file"):

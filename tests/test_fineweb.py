@@ -159,6 +159,7 @@ def gigatoken_for_small_texts_too():
 def small_blocks(monkeypatch):
     monkeypatch.setattr(reading, "BLOCK_BYTES", 100)
     monkeypatch.setattr(reading, "STRETCH_BYTES", 20)
+    monkeypatch.setattr(reading, "LONG_BYTES", 50)
     monkeypatch.setattr(reading, "ROWS", 2)
 
 
@@ -180,6 +181,7 @@ def quick_folder():
 
 def in_blocks_of(block_bytes, stretch_bytes):
     sizes = {"BLOCK_BYTES": block_bytes, "STRETCH_BYTES": stretch_bytes}
+    sizes["LONG_BYTES"] = stretch_bytes
     return patched(*((reading, name, size) for name, size in sizes.items()))
 
 
@@ -310,6 +312,8 @@ def test_long_text_comes_in_many_stretches(tmp_path, small_blocks):
     path.write_text("one two three four\n" * 100)
     blocks = list(reading.read_file(path, "text", 0))
     assert len(blocks) > 15 and max(len(block.load()[0].as_py()) for block in blocks) <= 200
+    parts = [part for block in blocks for part in reading.stretches(block.load(), block.goes_on)]
+    assert max(len(text.as_py()) for texts, _ in parts for text in texts) <= 50
     shares = [block.share for block in blocks]
     assert shares == sorted(shares) and shares[0] < 0.2 and shares[-1] == 1.0
 
@@ -384,6 +388,41 @@ def test_line_of_ten_megabytes_is_encoded(tmp_path, name, tokenizer):
     fineweb.prepare(options)
     made = np.concatenate([open_shard(path) for path in shard_paths(tmp_path / "out")])
     assert np.array_equal(made, expected)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    documents=st.lists(st.one_of(tricky_text, utf8_text), max_size=6),
+    start=st.integers(0, 2),
+    sizes=small_sizes,
+)
+@example(documents=["", "a b " * 9, "", "<|endoftext|> \u088f" * 9, ""], start=0, sizes=(9, 3))
+def test_long_documents_are_cut_where_their_tokens_are_and_begin_once(documents, start, sizes):
+    texts = reading.large_strings(documents)[start:]  # shares memory with those before
+    expected = reference(texts.to_pylist())
+    with in_blocks_of(*sizes):
+        parts = list(reading.stretches(texts, False))
+        block = reading.Block(lambda: texts, 0, 1.0)
+        assert fineweb.encode_block(block, None).tolist() == expected
+        assert fineweb.encode_block(block, fast_tokenizer()).tolist() == expected
+    made = [text for part, _ in parts for text in part.to_pylist()]
+    assert "".join(made) == "".join(texts.to_pylist())
+    assert sum(begins.sum() for _, begins in parts) == len(texts)
+
+
+@with_gigatoken
+@with_sigkill  # and `resource`
+def test_long_line_with_a_disputed_letter_takes_no_more_memory_for_it(tmp_path):
+    """As tiktoken's lists of Python's numbers, the whole line took ten times its size."""
+    peaks = []
+    for odd in ("", "\u088f <|endoftext|>"):
+        path = write_jsonl(tmp_path / "x.jsonl", ["a few words " * 2_000_000 + odd + " and more"])
+        options = flags(local(path, tmp_path / f"out{len(peaks)}", shard_tokens=10**7))
+        code = f"import fineweb, sys, resource; sys.argv[1:] = {options}; fineweb.main()"
+        code += "; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+        made = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
+        peaks.append(int(made.split()[-1]))  # MiB
+    assert peaks[1] < peaks[0] + 50
 
 
 def random_letters(size):
@@ -663,7 +702,7 @@ CHANGES = [
     (remove_manifest, r"holds \d+ shards and no manifest.json"),
     (cut_manifest, r"no whole manifest.json"),
     (remove_shard, r"lacks shards that its manifest.json lists"),
-    (cut_shard, r"train_000003.npy is no whole .npy shard"),
+    (cut_shard, r"train_000003.npy is not whole"),
     (swap_shard, r"train_000003.npy: manifest.json says 64 tokens, found 5"),
     (add_shard, r"other shards than its manifest.json lists \(edufineweb_train_000999.npy\)"),
 ]
@@ -722,6 +761,17 @@ def test_second_run_into_a_folder_is_refused_while_the_first_is_on(corpus, tmp_p
     assert not out.exists()
     assert prepare_local(corpus, out) == reference(TEXTS)
     assert not list(out.glob(".*"))
+
+
+def test_run_that_ends_while_another_looks_is_looked_at_again(corpus, tmp_path, monkeypatch):
+    expected, read = prepare_local(corpus, tmp_path / "out"), fineweb.read_manifest
+
+    def first_time(path):  # its manifest.partial is there no more
+        monkeypatch.setattr(fineweb, "read_manifest", read)
+        return read(path.with_name(fineweb.PARTIAL.format(0)))
+
+    monkeypatch.setattr(fineweb, "read_manifest", first_time)
+    assert prepare_local(corpus, tmp_path / "out") == expected
 
 
 def test_out_dir_that_is_a_file_is_refused(corpus, tmp_path):
@@ -992,7 +1042,7 @@ def test_unfinished_folder_made_with_other_options_is_refused(corpus, unfinished
     ("change", "says"),
     [
         (remove_shard, r"lacks shards that its manifest.json lists"),
-        (cut_shard, r"train_000003.npy is no whole .npy shard"),
+        (cut_shard, r"train_000003.npy is not whole"),
         (swap_shard, r"train_000003.npy: manifest.json says 64 tokens, found 5"),
     ],
 )
@@ -1102,7 +1152,7 @@ def list_shard_as(name):
 
 DAMAGES = {
     "flipped": (flip_a_byte, r"train_000002.npy was changed: sha256=\w{64}, not \w{64}"),
-    "cut": (lambda out: cut_shard("", out), "train_000003.npy is no whole .npy shard"),
+    "cut": (lambda out: cut_shard("", out), "train_000003.npy is not whole"),
     "swapped": (lambda out: swap_shard("", out), "train_000003.npy: manifest.json says 64 tokens"),
     "missing": (
         lambda out: remove_shard("", out),
@@ -1400,6 +1450,9 @@ BAD_INPUT = [
     ("x.jsonl", GOOD + b'["text"]\n', "line 2 has no 'text' but list: see --text_column"),
     ("x.jsonl", GOOD + b'{"text": 7}\n', "line 2: expected text, found int: see --text_column"),
     ("x.jsonl", GOOD + b'{"text": "\xe9"}\n', r"line 2, byte 11: not UTF-8.*convert"),
+    ("x.jsonl", GOOD + b'{"text": "e", "x": "\xe9"}\n' + GOOD, "line 2, byte 21: not UTF-8"),
+    ("x.jsonl", GOOD + GOOD.strip() * 2 + b"\n" + GOOD, r"line 2 is no JSON .*Extra data"),
+    ("x.jsonl", GOOD + b"{}\n", "line 2 has no 'text' but no field: see --text_column"),
     ("x.jsonl", GOOD * 9 + b"\n" * 9 + b"{", r"x.jsonl, line 19 is no JSON"),
     ("x.jsonl", GOOD + b'{"text": "a\nb"}\n', r"line 2 is no JSON"),
     ("x.txt", "été\nde\n".encode() + b"l'\xe9t\xe9", r"x.txt, line 3, byte 12 of the file: not"),
@@ -1409,6 +1462,7 @@ BAD_INPUT = [
     ("x.jsonl.gz", gzip.compress(GOOD * 999)[:-20], r"cannot read .*x.jsonl.gz"),
     ("x.jsonl.gz", GOOD, r"cannot read .*x.jsonl.gz"),
     ("x.jsonl.zst", zstd(GOOD * 999)[:-3], r"cannot read .*x.jsonl.zst"),
+    ("x.jsonl.zst", b"", r"cannot read .*x.jsonl.zst \(cut off: it has no byte of zstd\)"),
     ("x.parquet", parquet_bytes(COLUMN), "x.parquet has no 'text' but body: see --text_column"),
     ("x.parquet", parquet_bytes(NUMBERS), "x.parquet: expected text, found int"),
     ("x.parquet", parquet_bytes(COLUMN)[:-9], "x.parquet is no whole .parquet file"),
@@ -1418,7 +1472,7 @@ BAD_INPUT = [
 
 
 @pytest.mark.parametrize("block_bytes", [20, 1 << 23])
-@pytest.mark.parametrize(("name", "data", "says"), BAD_INPUT)
+@pytest.mark.parametrize(("name", "data", "says"), BAD_INPUT, ids=[bad[2] for bad in BAD_INPUT])
 def test_bad_input_is_one_error_that_says_where(
     tmp_path, monkeypatch, name, data, says, block_bytes
 ):
@@ -1676,6 +1730,26 @@ def test_whole_dataset_is_read_without_a_subset(hub, tmp_path):
     assert manifest_of(tmp_path / "out")["dataset"] == "me/mine@v2"
 
 
+@pytest.mark.parametrize(
+    ("subset", "names"),
+    [
+        ("", ["data/train-00-of-02", "data/train-01-of-02"]),
+        ("data", ["data/train-00-of-02", "data/train-01-of-02"]),
+        ("data/train-01", ["data/train-01-of-02"]),
+        ("data/test", ["data/test-00-of-01"]),
+        ("other-10", ["other/10/x"]),
+        ("other", ["other/10/x"]),
+        ("oth", ["other/10/x"]),
+    ],
+)
+def test_subset_is_a_folder_or_how_names_begin_and_train_alone_where_it_is_called_so(subset, names):
+    there = ["data/test-00-of-01", "data/train-00-of-02", "data/train-01-of-02", "other/10/x"]
+    named = [f"{name}.{end}" for name in there for end in ("parquet", "md")]
+    files = [SimpleNamespace(rfilename=name) for name in named]
+    found = [file.rfilename for file in fineweb.in_subset(subset, files)]
+    assert found == [f"{name}.parquet" for name in names]
+
+
 def test_what_is_to_fetch_is_said_and_needs_room(hub, tmp_path, monkeypatch, capsys):
     fill_with_parquet(hub)
     cached = {SAMPLE[0]: "here"}
@@ -1871,13 +1945,16 @@ def npy_bytes(array):
     [
         ("x.npy", None, "cannot read .*x.npy: No such file"),
         ("x.bin", None, "cannot read .*x.bin: No such file"),
-        ("x.npy", b"", "x.npy is no whole .npy shard .*expected 8 bytes got 0.*delete it"),
-        ("x.npy", b"hello, world", r"x.npy is no whole .npy shard .*expected.*NUMPY.*got b'hello"),
-        ("x.npy", npy_bytes(np.zeros(99, np.uint16))[:-5], "x.npy is no whole .npy shard"),
-        ("x.npy", npy_bytes(np.array([{}], dtype=object)), "x.npy is no whole .*Python objects"),
-        ("x.npy", npy_bytes(np.zeros(9)), r"expected one row of uint16, found float64 of shape"),
-        ("x.npy", npy_bytes(np.zeros((3, 3), np.uint16)), r"found uint16 of shape \(3, 3\)"),
-        ("x.npy", npy_bytes(np.zeros(0, np.uint16)), r"found uint16 of shape \(0,\)"),
+        ("x.npy", b"", "x.npy is no token shard: expected np.save's header .* found ''"),
+        ("x.npy", b"hello, world", r"expected .* one row of uint16.*found 'hello, world'"),
+        ("x.npy", npy_bytes(np.zeros(99, np.uint16))[:100], "x.npy is no token shard: expected"),
+        ("x.npy", npy_bytes(np.zeros(99, np.uint16))[:-5], "promises 326 bytes, found 321; delete"),
+        ("x.npy", npy_bytes(np.zeros(99, np.uint16)) + b"x", "promises 326 bytes, found 327"),
+        ("x.npy", npy_bytes(np.array([{}], dtype=object)), r"found .*'descr': '\|O'"),
+        ("x.npy", npy_bytes(np.zeros(9)), r"found .*'descr': '<f8'.*'shape': \(9,\)"),
+        ("x.npy", npy_bytes(np.zeros((3, 3), np.uint16)), r"found .*<u2.*'shape': \(3, 3\)"),
+        ("x.npy", npy_bytes(np.zeros(9, ">u2")), r"found .*'descr': '>u2'"),
+        ("x.npy", npy_bytes(np.zeros(0, np.uint16)), r"found .*'shape': \(0,\)"),
         ("x.bin", b"", r"expected a header of 256 int32 .*20240520, 1, found \[\] in 0 bytes"),
         ("x.bin", bin_bytes([1])[:1000], r"found \[20240520, 1\] in 1,000 bytes"),
         ("x.bin", bin_bytes([1, 2], magic=20240801), r"begins 20240520, 1, found \[20240801, 1\]"),
@@ -1948,14 +2025,27 @@ def test_defaults_follow_the_source():
         (dict(source="pretokenized", val_tokens=5), "--val_tokens has no meaning with"),
         (dict(source="python-docs", text_column="x"), "--text_column has no meaning with"),
         (dict(source="local"), "needs --input=PATH"),
-        (dict(shard_tokens=0), "--shard_tokens=0 is too small: expected 1 or more"),
-        (dict(val_tokens=-1), "--val_tokens=-1 is too small: expected 0 or more"),
-        (dict(processes=-1), "--processes=-1 is too small"),
+        (dict(source="local", input=("",)), "one --input is empty"),
+        (dict(shard_tokens=0), "--shard_tokens=0 is not possible: expected 1 to 1,000,000,000"),
+        (dict(shard_tokens=10**12), "--shard_tokens=1000000000000 is not possible"),
+        (dict(val_tokens=-1), "--val_tokens=-1 is not possible: expected 0 to"),
+        (dict(processes=-1), "--processes=-1 is not possible"),
     ],
 )
 def test_impossible_options_are_refused(options, says):
     with pytest.raises(UserError, match=says):
-        fineweb.resolve(Options(**options))
+        fineweb.prepare(Options(**options))
+
+
+def test_input_given_twice_is_refused_as_one_of_them_would_be_lost():
+    with pytest.raises(UserError, match="--input is given twice: name all of them after one"):
+        command_line(Options, "", args=["--input", "a.txt", "--processes=1", "--input=b.txt"])
+
+
+def test_verify_of_an_empty_name_makes_no_shards(end_of_command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = end_of_command("--verify", "")
+    assert code == 2 and "holds no manifest.json" in err and not list(tmp_path.iterdir())
 
 
 def test_without_gigatoken_tiktoken_does_the_work(monkeypatch):

@@ -175,3 +175,11 @@ def test_torchrun_is_refused(command, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="start it without torchrun"):
         command()
+
+
+def test_head_by_columns_is_the_same_head(model):
+    idx = torch.randint(0, 50257, (2, 16))
+    expected = model(idx)
+    turned = sample.by_columns(model).lm_head.weight
+    assert turned is model.transformer.wte.weight and turned.t().is_contiguous()
+    torch.testing.assert_close(model(idx), expected)
