@@ -168,7 +168,7 @@ def attention_kernel(cfg, runtime):
     shape = (1, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
     q = torch.zeros(shape, dtype=runtime.dtype, device=runtime.device)
     kernel = torch.nn.attention.SDPBackend(choose(q, q, q, is_causal=True)).name
-    return kernel.lower().replace("_", " ")
+    return f"{kernel.removesuffix('_ATTENTION').lower()} attention"
 
 
 def describe(model, folder, runtime):

@@ -308,7 +308,7 @@ def test_attention_kernel_is_chosen_and_named(tiny, make_model, runtime, kernels
     expected = model(idx)
     for name, kernel in (
         ("flash", "flash attention"),
-        ("math", "math"),
+        ("math", "math attention"),
         ("auto", "flash attention"),
     ):
         hardware.choose_attention(replace(tiny, attention=name), runtime)
@@ -319,8 +319,8 @@ def test_attention_kernel_is_chosen_and_named(tiny, make_model, runtime, kernels
 @pytest.mark.parametrize(
     "T, compiled, dtype, kernel",
     [
-        (128, False, "bfloat16", "math"),
-        (256, True, "bfloat16", "math"),
+        (128, False, "bfloat16", "math attention"),
+        (256, True, "bfloat16", "math attention"),
         (256, False, "bfloat16", "flash attention"),
         (512, True, "bfloat16", "flash attention"),
         (128, True, "float32", "flash attention"),
