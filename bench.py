@@ -663,6 +663,7 @@ class HellaSwagOptions(ModelOptions):
 class SampleOptions(ModelOptions):
     max_new_tokens: int = 256  # tokens a sample
     batch: int = 1  # samples at once
+    compile_step: bool = False  # CUDA: compile the step of one token, too, before it is a graph
 
 
 def open_model(options):
@@ -745,7 +746,11 @@ def transformers_sampler(model, runtime):
 def bench_sample(options):
     """generate() with its cache, beside itself without, and transformers where it is installed"""
     runtime, model, figures = open_model(options)
-    model = by_columns(model)
+    model, step = by_columns(model), gpt.next_logits
+    if options.compile_step:
+        if runtime.device.type != "cuda":
+            raise UserError("compile_step is for CUDA, where a step is a graph: leave it out")
+        step = torch.compile(step, dynamic=False)
     idx = torch.zeros(options.batch, 1, dtype=torch.long, device=runtime.device)
 
     def sample(generate, length, **how):
@@ -755,7 +760,7 @@ def bench_sample(options):
             return torch.cat(list(new), dim=1).tolist()  # waits for the device
 
     def cached(length):
-        return sample(gpt.generate, length, step=best_step(runtime.device))
+        return sample(gpt.generate, length, step=best_step(runtime.device, step))
 
     # a trained model may end early: the same seed at the same token, so all make as many
     length = len(cached(options.max_new_tokens)[0])
@@ -786,6 +791,7 @@ PARTS = {  # the most telling first
     "docs": "fineweb.py --source=python-docs --out_dir={folder}/docs",
     "plain": "bench.py train {config} --steps={steps} --against=plain --profile={trace}",
     "sample": "bench.py sample {model} --max_new_tokens={length}",
+    "sample_compiled": "bench.py sample {model} --max_new_tokens={length} {compiled}",
     "hellaswag": "bench.py hellaswag {model} --examples={tasks} --rounds=1 --data={data}",
     "hellaswag_whole": "bench.py hellaswag {model} --examples={whole} --against=none --data={data}",
     "transformers": "bench.py train {config} --steps={steps} --against=transformers",
@@ -809,12 +815,12 @@ PARTS = {  # the most telling first
 FULL = dict(
     config="configs/gpt2_124m.toml", few="--total_batch_size=131072", half=32, steps=10,
     model="--n_layer=12 --n_head=12 --n_embd=768", length=512, tasks=1000, whole=0,
-    some=200, more=202, xl="configs/gpt2_xl.toml",
+    some=200, more=202, xl="configs/gpt2_xl.toml", compiled="--compile_step=True",
 )  # fmt: skip
 REHEARSAL = dict(
     config="configs/tiny.toml", few="--total_batch_size=1024", half=4, steps=2,
     model="--n_layer=2 --n_head=2 --n_embd=64", length=32, tasks=20, whole=40,
-    some=4, more=6, xl="configs/tiny.toml",
+    some=4, more=6, xl="configs/tiny.toml", compiled="",
 )  # fmt: skip
 
 

@@ -161,6 +161,7 @@ SOURCES = {  # default out_dir, default dataset, the options that decide what th
     "local": ("local_text", "", ("input", *TEXT)),
     "python-docs": ("python_docs", "", SIZES),
 }
+FINEWEB = "HuggingFaceFW/fineweb-edu", "HuggingFaceFW/fineweb"
 MOST = 1_000_000_000  # tokens of a shard, which is made in memory
 ANY_SOURCE = ("source", "out_dir", "max_shards", "processes", "tokenizer")
 
@@ -182,13 +183,13 @@ def resolve(options):
     if options.tokenizer == "gigatoken" and not gigatoken:
         raise UserError("gigatoken is missing: pip install gigatoken, or --tokenizer=tiktoken")
     dataset = options.dataset or dataset
-    subset = "sample/10BT" if dataset.startswith("HuggingFaceFW/fineweb") else ""
+    own = "sample/10BT" if dataset in FINEWEB else ""
     val_tokens = options.shard_tokens if source == "fineweb-edu" else 32_768
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) or 1
     return replace(
         options,
         dataset=dataset,
-        subset=options.subset or subset,
+        subset=options.subset or own,
         out_dir=options.out_dir or out_dir,
         val_tokens=options.val_tokens or val_tokens,
         processes=min(options.processes or cores, 61),  # Windows waits for no more
@@ -276,7 +277,7 @@ def open_source(options, revision):
     commit, files = list_dataset(options, revision)
     files = in_subset(options.subset, files)
     if not files:
-        there = f"{options.dataset}/{options.subset}/"
+        there = f"{options.dataset}/{options.subset}".rstrip("/")
         raise UserError(f"no .parquet file in {there}: see --dataset, --subset")
     if not options.max_shards:
         check_downloads(options.dataset, commit, files)

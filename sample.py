@@ -90,8 +90,8 @@ def by_columns(model):
 class GraphedStep:
     """`next_logits` on CUDA: a step of one token is replayed as a graph, without its launches."""
 
-    def __init__(self):
-        self.graph = None
+    def __init__(self, step=next_logits):
+        self.step, self.graph = step, None
 
     def __call__(self, model, idx, position, mask, cache):
         if idx.size(1) > 1:
@@ -107,17 +107,18 @@ class GraphedStep:
     def capture(self, model, cache, *inputs):
         self.inputs, side = [x.clone() for x in inputs], torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # a first call sets up what no graph may hold
-            next_logits(model, *self.inputs, cache)
+        with torch.cuda.stream(side):  # first calls set up what no graph may hold
+            for _ in range(2):  # the second, compiled, meets the cache's tensors
+                self.step(model, *self.inputs, cache)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.logits = next_logits(model, *self.inputs, cache)
+            self.logits = self.step(model, *self.inputs, cache)
 
 
-def best_step(device):
+def best_step(device, step=next_logits):
     """A `step` for generate(): made for one batch of one prompt's samples."""
-    return GraphedStep() if device.type == "cuda" else next_logits
+    return GraphedStep(step) if device.type == "cuda" else step
 
 
 def stream(model, prompt, how, max_new_tokens, seed):

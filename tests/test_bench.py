@@ -201,6 +201,7 @@ def test_a_peer_of_another_architecture_is_refused(name, keys, reason, figures, 
     (["train", "--resume=True"], "leave resume out"),
     (["train", f"--profile={TASKS}"], "profile=.*is no folder that can be made"),
     (["memory", "--init_from=gpt2"], "of new models"),
+    (["sample", "--compile_step=True"], "compile_step is for CUDA"),
 ])  # fmt: skip
 def test_what_cannot_be_measured_is_told_at_once(words, told, figures):
     with pytest.raises(UserError, match=told):

@@ -1794,7 +1794,7 @@ def test_folder_of_another_revision_is_refused(hub, tmp_path, small_blocks):
 
 def test_subset_without_parquet_is_named(hub, tmp_path):
     fill_with_parquet(hub)
-    with pytest.raises(UserError, match=r"no .parquet file in me/mine/sample/1T/: see --dataset"):
+    with pytest.raises(UserError, match=r"no .parquet file in me/mine/sample/1T: see --dataset"):
         prepare_hub(tmp_path / "out", dataset="me/mine", subset="sample/1T", revision="v2")
     assert hub.asked == ("me/mine", "v2")
 

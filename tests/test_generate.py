@@ -84,20 +84,40 @@ class FakeGraph:
         self.step.logits.copy_(self.step.compute())
 
 
+@pytest.fixture
+def graphed():
+    """Make a GraphedStep with a stand-in for its graph; returns it and a list of its replays."""
+
+    def make(step=next_logits):
+        replays = []
+
+        class Step(GraphedStep):
+            def capture(self, model, cache, *inputs):
+                self.inputs = [x.clone() for x in inputs]
+                self.compute = lambda: self.step(model, *self.inputs, cache)
+                self.logits, self.graph = self.compute(), FakeGraph(self, replays)
+
+        return Step(step), replays
+
+    return make
+
+
 @pytest.mark.parametrize("length", [1, 5, 15, 40])
-def test_graphed_steps_continue_as_plain_ones_do(tiny, toggles, make_model, monkeypatch, length):
-    model, idx, step, replays = make_model(replace(tiny, **toggles)), prompt(2, length), None, []
-
-    class Step(GraphedStep):
-        def capture(self, model, cache, *inputs):
-            self.inputs = [x.clone() for x in inputs]
-            self.compute = lambda: next_logits(model, *self.inputs, cache)
-            self.logits, self.graph = self.compute(), FakeGraph(self, replays)
-
-    step = Step()
+def test_graphed_steps_continue_as_plain_ones_do(tiny, toggles, make_model, graphed, length):
+    model, idx, (step, replays) = make_model(replace(tiny, **toggles)), prompt(2, length), graphed()
     generator = torch.Generator().manual_seed(0)
     made = torch.cat(list(generate(model, idx, 40, Sampling(), generator, step)), dim=1)
     assert torch.equal(made, continued(model, idx, 40, Sampling()))
+    assert len(replays) >= 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [1, 5])
+def test_compiled_steps_continue_as_plain_ones_do(tiny, toggles, make_model, graphed, length):
+    model, idx = make_model(replace(tiny, **toggles)), prompt(2, length)
+    step, replays = graphed(torch.compile(next_logits, dynamic=False))
+    made = torch.cat(list(generate(model, idx, 40, Sampling(temperature=0), step=step)), dim=1)
+    assert torch.equal(made, continued(model, idx, 40))
     assert len(replays) >= 30
 
 
