@@ -161,6 +161,7 @@ SOURCES = {  # default out_dir, default dataset, the options that decide what th
     "local": ("local_text", "", ("input", *TEXT)),
     "python-docs": ("python_docs", "", SIZES),
 }
+HELD_OUT = re.compile(r"(?<![a-z])(test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
 FINEWEB = "HuggingFaceFW/fineweb-edu", "HuggingFaceFW/fineweb"
 MOST = 1_000_000_000  # tokens of a shard, which is made in memory
 ANY_SOURCE = ("source", "out_dir", "max_shards", "processes", "tokenizer")
@@ -291,15 +292,14 @@ def open_source(options, revision):
 def in_subset(subset, files):
     """The .parquet files of a folder or of FineWeb's configuration of that name, or that begin so.
 
-    Where some are called train, the others (test, validation) are left out.
+    What is called test or validation is left out where there is more.
     """
     files = [file for file in files if file.rfilename.endswith(".parquet")]
     subset = subset.strip("/")
     names = (subset, subset.replace("-", "/"), f"data/{subset}")
     for start in [*(f"{name}/" for name in names), subset]:
         if inside := [file for file in files if file.rfilename.startswith(start)]:
-            train = [f for f in inside if re.search(r"(^|/)train(?![a-z])", f.rfilename)]
-            return train or inside
+            return [file for file in inside if not HELD_OUT.search(file.rfilename)] or inside
     return []
 
 
@@ -369,12 +369,23 @@ def encode_block(block, fast):
     return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
+# White space of which tiktoken's pattern makes one piece, but runs out of stack at a million of it
+SPACES = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{10000,}")
+
+
 def encode(texts):
     """The tokens of texts as one uint16 array, each led by <|endoftext|>; an empty one has none."""
     tokens = array.array("H")
     for text in filter(None, texts):
         tokens.append(END_OF_TEXT)
-        tokens.extend(tokenizer().encode_ordinary(text))
+        start = 0
+        for spaces in SPACES.finditer(text):
+            begin, end = spaces.span()
+            end -= end < len(text)  # the last goes with what follows
+            tokens.extend(tokenizer().encode_ordinary(text[start:begin]))
+            tokens.extend(tokenizer()._encode_single_piece(text[begin:end]))
+            start = end
+        tokens.extend(tokenizer().encode_ordinary(text[start:]))
     return np.array(tokens, dtype=np.uint16)
 
 
@@ -513,7 +524,12 @@ def read_blocks(source, files, place):
     total, before = sum(source.sizes[i] for i in files), 0
     for i in files:
         if i >= place[0]:
-            for block in source.read(i, place[1] if i == place[0] else 0):
+            skip = place[1] if i == place[0] else 0
+            blocks = source.read(i, skip)
+            first = next(blocks, None)
+            if skip and (not first or first.start != skip):
+                raise UserError(f"the text is not read as when its shards were begun: {ANEW}")
+            for block in itertools.chain([first] if first else [], blocks):
                 share = (before + block.share * source.sizes[i]) / total
                 yield block._replace(file=i, share=share)
         before += source.sizes[i]
@@ -713,8 +729,11 @@ def begin(options, ranks):
 
 
 @contextlib.contextmanager
-def locked(folder, ranks):
-    """Keep other runs out of a folder; the system lets go when this one ends, even killed."""
+def locked(folder, ranks, new):
+    """Keep other runs out of a folder; the system lets go when this one ends, even killed.
+
+    A `new` folder goes with the lock if it is still empty.
+    """
     path = folder / f".lock.{ranks.rank}"
     folder.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
@@ -737,7 +756,8 @@ def locked(folder, ranks):
         finally:
             with contextlib.suppress(OSError):  # Windows deletes no open file
                 path.unlink()
-                folder.rmdir()  # where nothing was made
+                if new:
+                    folder.rmdir()
 
 
 def settings(options):
@@ -867,7 +887,8 @@ def prepare(options):
     if there:
         ranks.print("already there: ", end="")
     else:
-        with locked(folder, ranks):
+        new = not any(ranks.gather(folder.exists()))
+        with locked(folder, ranks, new):
             manifest, _ = begin(options, ranks)  # another run may have changed it until now
             ranks.gather()  # all have looked before any writes
             make = fetch_shards if options.source == "pretokenized" else write_shards

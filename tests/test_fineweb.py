@@ -292,6 +292,7 @@ def tokens_of_text(path, skip=0):
 @example(
     text="a  b\u2009 c\u3000 d\xa0 e\x85 f\u2029 g\u202f h\u1680 i\u205f j", sizes=(1, 1), end="txt"
 )
+@example(text="a \xa0 \xa0\xa0b", sizes=(1, 1), end="txt")
 @example(text="\ufeff", sizes=(1, 1), end="txt")
 @example(text="\ufeff a b", sizes=(4, 1), end="txt")
 @example(text="\ufeff\ufeff x", sizes=(2, 1), end="txt")
@@ -314,6 +315,8 @@ def test_long_text_comes_in_many_stretches(tmp_path, small_blocks):
     assert len(blocks) > 15 and max(len(block.load()[0].as_py()) for block in blocks) <= 200
     parts = [part for block in blocks for part in reading.stretches(block.load(), block.goes_on)]
     assert max(len(text.as_py()) for texts, _ in parts for text in texts) <= 50
+    parts = list(reading.stretches(reading.large_strings(["one two " * 100]), False))
+    assert max(len("".join(texts.to_pylist())) for texts, _ in parts) <= 250
     shares = [block.share for block in blocks]
     assert shares == sorted(shares) and shares[0] < 0.2 and shares[-1] == 1.0
 
@@ -416,13 +419,13 @@ def test_long_line_with_a_disputed_letter_takes_no_more_memory_for_it(tmp_path):
     """As tiktoken's lists of Python's numbers, the whole line took ten times its size."""
     peaks = []
     for odd in ("", "\u088f <|endoftext|>"):
-        path = write_jsonl(tmp_path / "x.jsonl", ["a few words " * 2_000_000 + odd + " and more"])
+        path = write_jsonl(tmp_path / "x.jsonl", ["a few words " * 3_000_000 + odd + " and more"])
         options = flags(local(path, tmp_path / f"out{len(peaks)}", shard_tokens=10**7))
         code = f"import fineweb, sys, resource; sys.argv[1:] = {options}; fineweb.main()"
         code += "; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
         made = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
         peaks.append(int(made.split()[-1]))  # MiB
-    assert peaks[1] < peaks[0] + 50
+    assert peaks[1] < peaks[0] + 120  # not 250
 
 
 def random_letters(size):
@@ -437,6 +440,22 @@ def test_document_of_megabytes_without_a_space_is_encoded(tokenizer):
     tokens = fineweb.encode_block(block, fast_tokenizer() if tokenizer == "gigatoken" else None)
     assert tokens[0] == END_OF_TEXT
     assert fineweb.tokenizer().decode_bytes(tokens[1:].tolist()) == text.encode()
+
+
+@pytest.mark.parametrize("spaces", [" ", "\n", "\u3000", "\r\n\t \xa0", "\x1c "])
+@pytest.mark.parametrize("end", ["", "b", " \u088f c", "\x1cd"])
+def test_endless_white_space_is_encoded_as_the_pattern_has_it(monkeypatch, spaces, end):
+    texts = ["a" + spaces * 40 + end, spaces * 9 + end, f"{spaces * 7}'s{spaces * 8} d"]
+    expected = reference(texts)
+    monkeypatch.setattr(fineweb, "SPACES", re.compile(fineweb.SPACES.pattern.replace("10000", "5")))
+    assert fineweb.encode(texts).tolist() == expected
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_two_million_spaces_are_encoded(tokenizer):
+    block = reading.Block(lambda: reading.large_strings(["x" + " " * 2_000_000 + "y"]), 0, 1.0)
+    tokens = fineweb.encode_block(block, fast_tokenizer() if tokenizer == "gigatoken" else None)
+    assert tokens.tolist() == [END_OF_TEXT, 87, *[220] * 1_999_999, 331]
 
 
 def test_empty_documents_are_left_out(tmp_path):
@@ -756,11 +775,32 @@ def test_folder_of_another_version_of_the_tool_is_not_gone_on_with(corpus, tmp_p
 
 def test_second_run_into_a_folder_is_refused_while_the_first_is_on(corpus, tmp_path):
     out = tmp_path / "out"
-    with fineweb.locked(out, fineweb.Ranks()), pytest.raises(UserError, match="another run is"):
+    with (
+        fineweb.locked(out, fineweb.Ranks(), new=True),
+        pytest.raises(UserError, match="another run is"),
+    ):
         prepare_local(corpus, out)
     assert not out.exists()
     assert prepare_local(corpus, out) == reference(TEXTS)
     assert not list(out.glob(".*"))
+
+
+def test_text_that_is_cut_to_other_blocks_than_before_is_not_gone_on_with(tmp_path, monkeypatch):
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 100)
+    prepare_local(corpus, tmp_path / "out", max_shards=5)
+    assert manifest_of(tmp_path / "out")["next"]["0"][1] == 14  # Blocks of 700 begin at 13 and 17
+    for size in (700, 100_000):
+        monkeypatch.setattr(reading, "BLOCK_BYTES", size)
+        with pytest.raises(UserError, match="not read as when its shards were begun: delete"):
+            prepare_local(corpus, tmp_path / "out")
+
+
+def test_refused_run_leaves_an_empty_folder_that_was_there(corpus, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="too few for"):
+        prepare_local(corpus, tmp_path / "out", val_tokens=100_000)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_run_that_ends_while_another_looks_is_looked_at_again(corpus, tmp_path, monkeypatch):
@@ -1733,17 +1773,19 @@ def test_whole_dataset_is_read_without_a_subset(hub, tmp_path):
 @pytest.mark.parametrize(
     ("subset", "names"),
     [
-        ("", ["data/train-00-of-02", "data/train-01-of-02"]),
+        ("", ["data/train-00-of-02", "data/train-01-of-02", "other/10/x"]),
         ("data", ["data/train-00-of-02", "data/train-01-of-02"]),
         ("data/train-01", ["data/train-01-of-02"]),
         ("data/test", ["data/test-00-of-01"]),
+        ("data/val", ["data/val-00"]),
         ("other-10", ["other/10/x"]),
         ("other", ["other/10/x"]),
         ("oth", ["other/10/x"]),
     ],
 )
-def test_subset_is_a_folder_or_how_names_begin_and_train_alone_where_it_is_called_so(subset, names):
-    there = ["data/test-00-of-01", "data/train-00-of-02", "data/train-01-of-02", "other/10/x"]
+def test_subset_is_a_folder_or_how_names_begin_and_what_is_held_out_stays_out(subset, names):
+    there = ["data/test-00-of-01", "data/train-00-of-02", "data/train-01-of-02", "data/val-00"]
+    there += ["other/10/x", "other/10/x_eval"]
     named = [f"{name}.{end}" for name in there for end in ("parquet", "md")]
     files = [SimpleNamespace(rfilename=name) for name in named]
     found = [file.rfilename for file in fineweb.in_subset(subset, files)]
