@@ -161,7 +161,6 @@ SOURCES = {  # default out_dir, default dataset, the options that decide what th
     "local": ("local_text", "", ("input", *TEXT)),
     "python-docs": ("python_docs", "", SIZES),
 }
-HELD_OUT = re.compile(r"(?<![a-z])(test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
 FINEWEB = "HuggingFaceFW/fineweb-edu", "HuggingFaceFW/fineweb"
 MOST = 1_000_000_000  # tokens of a shard, which is made in memory
 ANY_SOURCE = ("source", "out_dir", "max_shards", "processes", "tokenizer")
@@ -287,6 +286,9 @@ def open_source(options, revision):
         return reading.read_file(download(options, files[i].rfilename, commit), column, skip)
 
     return Source(commit, [file.size or 1 for file in files], read)
+
+
+HELD_OUT = re.compile(r"(?<![a-z])(test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
 
 
 def in_subset(subset, files):

@@ -173,7 +173,7 @@ def parse_text(data, path, start, line):
 
     text = data if start else data.removeprefix(b"\xef\xbb\xbf")  # the mark of some editors
     try:
-        return pyarrow.array([text], pyarrow.large_binary()).cast(pyarrow.large_string())
+        return one_string(text)
     except pyarrow.ArrowInvalid:
         pass
     try:
@@ -265,8 +265,7 @@ def parse_lines(data, lines, column, path, start):
     try:
         if not re.match(rb"(\xef\xbb\xbf)?\s*{", data):
             raise pyarrow.ArrowInvalid("its parser crashes where the first line is null")
-        held = [None, pyarrow.py_buffer(np.array([0, len(data)])), pyarrow.py_buffer(data)]
-        pyarrow.Array.from_buffers(pyarrow.large_string(), 1, held).validate(full=True)  # UTF-8
+        one_string(data)  # is all of it UTF-8?
         table = pyarrow.json.read_json(pyarrow.BufferReader(data), read, parse)
         if table.num_rows == lines and not table[column].null_count:
             return table[column].combine_chunks()
@@ -346,6 +345,16 @@ def checked_strings(arrays, path, start):
     except pyarrow.ArrowInvalid as error:
         rows = f"rows {start + 1:,} to {start + sum(map(len, arrays)):,}"
         raise UserError(f"{path}, {rows}: {error}; convert or remove it") from None
+
+
+def one_string(data):
+    """Bytes as an Arrow array of one string, nothing copied; ArrowInvalid unless they are UTF-8."""
+    import pyarrow
+
+    held = [None, pyarrow.py_buffer(np.array([0, len(data)])), pyarrow.py_buffer(data)]
+    string = pyarrow.Array.from_buffers(pyarrow.large_string(), 1, held)
+    string.validate(full=True)
+    return string
 
 
 def large_strings(texts):
