@@ -46,7 +46,7 @@ import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
 import reading
-from common import UserError, check_disk, command_line, replacing, run
+from common import DISK, UserError, check_disk, command_line, replacing, run
 from reading import PIECE, bounds, count, large_strings, local_files
 
 TABLE = Path(__file__).parent / "assets" / "gpt2.tiktoken"  # `<token in base64> <id>` a line
@@ -263,6 +263,7 @@ class Source(NamedTuple):
     revision: str
     sizes: list  # of its files, in bytes
     read: Callable  # (number of a file, `start` of a Block) -> its Blocks from there on
+    fetch: Callable | None = None  # (number of a file), to be called while another one is read
 
 
 def open_source(options, revision):
@@ -282,10 +283,15 @@ def open_source(options, revision):
     if not options.max_shards:
         check_downloads(options.dataset, commit, files)
 
-    def read(i, skip):
-        return reading.read_file(download(options, files[i].rfilename, commit), column, skip)
+    def fetch(i):
+        return download(options, files[i], commit)
 
-    return Source(commit, [file.size or 1 for file in files], read)
+    def read(i, skip):
+        return reading.read_file(fetch(i), column, skip)
+
+    # before the end of max_shards nothing tells how many files they need
+    ahead = None if options.max_shards else fetch
+    return Source(commit, [file.size or 1 for file in files], read, ahead)
 
 
 HELD_OUT = re.compile(r"(?<![a-z])(test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
@@ -524,17 +530,25 @@ def write_shards(options, ranks, manifest):
 def read_blocks(source, files, place):
     """Yield the Blocks of these files from a place on; `share` is of all the files."""
     total, before = sum(source.sizes[i] for i in files), 0
-    for i in files:
+    for i, following in itertools.zip_longest(files, files[1:]):
         if i >= place[0]:
             skip = place[1] if i == place[0] else 0
             blocks = source.read(i, skip)
             first = next(blocks, None)
             if skip and (not first or first.start != skip):
                 raise UserError(f"the text is not read as when its shards were begun: {ANEW}")
+            if source.fetch and following:
+                ahead = functools.partial(quietly, source.fetch, following)
+                threading.Thread(target=ahead, daemon=True).start()  # what it has stays if it ends
             for block in itertools.chain([first] if first else [], blocks):
                 share = (before + block.share * source.sizes[i]) / total
                 yield block._replace(file=i, share=share)
         before += source.sizes[i]
+
+
+def quietly(fetch, i):
+    with contextlib.suppress(UserError, OSError):  # who needs the file will be told
+        fetch(i)
 
 
 def counted(stream, options, ranks, done, most):
@@ -619,6 +633,8 @@ def fetching(what):
     try:
         yield
     except Exception as error:  # its types differ between the versions of huggingface_hub
+        if getattr(error, "errno", None) in DISK:
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         remedy = "check the name and the network and run the same command again"
         raise UserError(f"cannot fetch {what} ({reason}): {remedy}") from None
@@ -634,13 +650,62 @@ def list_dataset(options, revision):
     return info.sha, sorted(info.siblings, key=lambda file: file.rfilename)
 
 
-def download(options, name, commit, folder=None):
-    """Fetch a file of the dataset, into huggingface_hub's cache or `folder`; return its path."""
-    from huggingface_hub import hf_hub_download
+def download(options, file, commit):
+    """Fetch a file of the dataset into huggingface_hub's cache; return its path there."""
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.file_download import repo_folder_name
+    from huggingface_hub.utils import WeakFileLock
 
-    where = dict(repo_type="dataset", revision=commit, local_dir=folder)
-    with fetching(f"{name} of {options.dataset}"):
-        return hf_hub_download(options.dataset, name, **where)
+    name = dict(repo_id=options.dataset, filename=file.rfilename, repo_type="dataset")
+    if isinstance(path := try_to_load_from_cache(**name, revision=commit), str):
+        return path
+    folder = repo_folder_name(repo_id=options.dataset, repo_type="dataset")
+    blob = None
+    if file.lfs:  # a large one: where it would be downloaded to, there it is found
+        blob = Path(constants.HF_HUB_CACHE, folder, "blobs", file.lfs.sha256)
+        lock = Path(constants.HF_HUB_CACHE, ".locks", folder, f"{blob.name}.lock")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(lock):
+            fetch(options, file, commit, blob)
+    with fetching(f"{file.rfilename} of {options.dataset}"):
+        path = hf_hub_download(**name, revision=commit)
+    with contextlib.suppress(FileNotFoundError):
+        if blob and not blob.samefile(path):  # a system without links made a copy
+            blob.unlink()
+    return path
+
+
+def fetch(options, file, commit, path):
+    """Download a file of the dataset to `path`, going on from what an earlier run has of it.
+
+    huggingface_hub's own download begins anew after a kill (its issue 4196).
+    """
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    url = hf_hub_url(options.dataset, file.rfilename, repo_type="dataset", revision=commit)
+    partial = path.with_name(f"{path.name}.incomplete")
+    with open(partial, "ab+") as part:
+        if part.tell() > file.size:  # it is of no use
+            part.truncate(0)
+        with fetching(f"{file.rfilename} of {options.dataset}"):
+            # of what is packed on the way no part can be asked for
+            headers = build_hf_headers() | {"Accept-Encoding": "identity"}
+            size = dict(resume_size=part.seek(0, os.SEEK_END), expected_size=file.size)
+            http_get(url, part, headers=headers, **size)
+        part.flush()
+        os.fsync(part.fileno())
+        part.seek(0)
+        sha256 = hashlib.file_digest(part, "sha256").hexdigest()
+    if file.lfs and sha256 != file.lfs.sha256:
+        partial.unlink()
+        wrong = f"came with another sha256 than {file.lfs.sha256}"
+        raise UserError(f"{file.rfilename} of {options.dataset} {wrong}: try again")
+    os.replace(partial, path)
 
 
 def check_downloads(dataset, commit, files):
@@ -680,15 +745,10 @@ def fetch_shards(options, ranks, manifest):
 
 def fetch_shard(options, file, name, commit):
     """Download one shard, give it its name when it is whole, and return its entry."""
-    incoming = Path(options.out_dir, INCOMING)
-    path = Path(download(options, file.rfilename, commit, incoming))
-    entry = describe(path) | {"file": name}
-    expected = file.lfs.sha256 if file.lfs else entry["sha256"]
-    if entry["sha256"] != expected:
-        path.unlink()
-        raise UserError(f"{file.rfilename} came with another sha256 than {expected}: try again")
-    with replacing(Path(options.out_dir, name)) as temporary:
-        os.replace(path, temporary)
+    path = Path(options.out_dir, INCOMING, name)
+    fetch(options, file, commit, path)
+    entry = describe(path)
+    os.replace(path, Path(options.out_dir, name))
     return entry
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import errno
 import functools
 import gzip
 import hashlib
@@ -19,11 +20,13 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
-import huggingface_hub
+import huggingface_hub.constants
 import numpy as np
 import pyarrow
 import pyarrow.json
@@ -1676,42 +1679,99 @@ def test_python_docs_are_the_library_once_without_its_tests(python_docs):
 # ---------------------------------------------------------------- Hugging Face, by stand-ins
 
 
-class Hub:
-    """A folder that plays the hub: the functions fineweb.py calls, and a record of the calls."""
+class Hub(ThreadingHTTPServer):
+    """A server that plays the hub for a folder, and a record of what it was asked."""
 
     def __init__(self, folder):
-        self.folder, self.fetched, self.commit, self.sums = folder, [], "c0ffee", {}
+        super().__init__(("127.0.0.1", 0), Answers)
+        self.folder, self.commit, self.sums = folder, "c0ffee".ljust(40, "0"), {}
+        self.fetched = []  # names of files
+        self.starts = {}  # file -> where its ranges began
+        self.ends, self.takes_ranges = {}, True  # file -> after how many bytes to hang up, once
+        self.hangs_up = threading.Event()  # until then it stays silent
+        self.hangs_up.set()
+        self.failing = ()  # how the names end of the files that it cannot send
         folder.mkdir()
-
-    def dataset_info(self, dataset, revision, files_metadata):
-        assert files_metadata
-        self.asked = dataset, revision
-        files = [self.about(path) for path in self.folder.rglob("*") if path.is_file()]
-        random.Random(0).shuffle(files)
-        return SimpleNamespace(sha=self.commit, siblings=files)
+        self.address = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def about(self, path):
         name, data = path.relative_to(self.folder).as_posix(), path.read_bytes()
         sha256 = self.sums.get(name, hashlib.sha256(data).hexdigest())
-        lfs = None if path.suffix in (".md", "") else SimpleNamespace(sha256=sha256)
-        return SimpleNamespace(rfilename=name, size=len(data), lfs=lfs)
+        lfs = dict(sha256=sha256, size=len(data), pointerSize=1)
+        about = dict(rfilename=name, size=len(data), blobId=hashlib.sha1(data).hexdigest())
+        return about | (dict(lfs=lfs) if path.suffix in (".parquet", ".bin") else {})
 
-    def hf_hub_download(self, dataset, name, *, repo_type, revision, local_dir):
-        assert (repo_type, revision) == ("dataset", self.commit)
-        self.fetched.append(name)
-        if local_dir is None:
-            return str(self.folder / name)
-        Path(local_dir, name).parent.mkdir(parents=True, exist_ok=True)
-        return shutil.copy(self.folder / name, Path(local_dir, name))
+
+class Answers(BaseHTTPRequestHandler):
+    """What the hub answers: a dataset's files, what one of them is, and its bytes from a server."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        hub, url = self.server, urllib.parse.urlsplit(self.path)
+        if match := re.fullmatch("/api/datasets/(.+)/revision/(.+)", url.path):
+            assert url.query.lower() == "blobs=true"
+            hub.asked = match[1], match[2]
+            files = [hub.about(path) for path in hub.folder.rglob("*") if path.is_file()]
+            random.Random(0).shuffle(files)
+            self.answer(json.dumps(dict(id=match[1], sha=hub.commit, siblings=files)).encode())
+        elif match := re.fullmatch(f"/datasets/(.+)/resolve/{hub.commit}/(.+)", url.path):
+            about = hub.about(hub.folder / match[2])
+            etag = about["lfs"]["sha256"] if "lfs" in about else about["blobId"]
+            linked = {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": about["size"]}
+            elsewhere = f"http://localhost:{hub.server_port}/elsewhere/{match[2]}"
+            headers = linked | {"Location": elsewhere, "X-Repo-Commit": hub.commit}
+            self.answer(b"", 302, headers)
+        elif match := re.fullmatch("/elsewhere/(.+)", url.path):
+            self.send_file(match[1])
+        else:
+            self.send_error(404)
+
+    def send_file(self, name):
+        data, found = (self.server.folder / name).read_bytes(), {}
+        etag = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
+        if self.command == "HEAD":
+            return self.answer(data, headers=etag)
+        hub, start = self.server, 0
+        if name.endswith(hub.failing):
+            return self.send_error(500)
+        hub.fetched.append(name)
+        if hub.takes_ranges and (asked := self.headers.get("Range")):
+            start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
+            hub.starts.setdefault(name, []).append(start)
+            found = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
+        end = start + hub.ends.get(name, len(data))
+        self.answer(data[start:end], 206 if start else 200, etag | found, len(data) - start)
+        if hub.ends.pop(name, None) is not None:
+            hub.hangs_up.wait()
+            self.close_connection = True
+
+    def answer(self, data, status=200, headers=(), size=None):
+        self.send_response(status)
+        for key, value in dict(headers).items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", len(data) if size is None else size)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     hub = Hub(tmp_path / "hub")
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.hf_hub_download)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    return hub
+    constants = huggingface_hub.constants
+    template = hub.address + constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    yield hub
+    hub.shutdown()
+    hub.server_close()
 
 
 def fill_with_parquet(hub):
@@ -1738,7 +1798,7 @@ def test_fineweb_edu_reads_the_parquet_files_of_its_subset(hub, tmp_path):
     assert hub.fetched == SAMPLE
     manifest = manifest_of(tmp_path / "out")
     assert manifest["dataset"] == "HuggingFaceFW/fineweb-edu@main"
-    assert manifest["revision"] == "c0ffee"
+    assert manifest["revision"] == hub.commit
     assert manifest["shards"][0]["tokens"] == manifest["val_tokens"] == 50
 
 
@@ -1792,21 +1852,23 @@ def test_subset_is_a_folder_or_how_names_begin_and_what_is_held_out_stays_out(su
     assert found == [f"{name}.parquet" for name in names]
 
 
-def test_what_is_to_fetch_is_said_and_needs_room(hub, tmp_path, monkeypatch, capsys):
+def test_what_is_to_fetch_is_said_and_needs_room(hub, tmp_path, monkeypatch, capsys, small_blocks):
     fill_with_parquet(hub)
-    cached = {SAMPLE[0]: "here"}
-    monkeypatch.setattr(
-        huggingface_hub, "try_to_load_from_cache", lambda dataset, name, **where: cached.get(name)
-    )
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
-    with pytest.raises(UserError, match=r"cache needs \S+B more, 10.0B are free"):
+    monkeypatch.setattr(fineweb, "AHEAD", 0)
+    prepare_hub(tmp_path / "first", shard_tokens=50, max_shards=1)
+    assert hub.fetched == SAMPLE[:1] and "to fetch" not in capsys.readouterr().out
+    full = patched((shutil, "disk_usage", lambda path: SimpleNamespace(free=10)))
+    with full, pytest.raises(UserError, match=r"cache needs \S+B more, 10.0B are free"):
         prepare_hub(tmp_path / "out", shard_tokens=50)
     size = (hub.folder / SAMPLE[1]).stat().st_size
-    assert f"to fetch: {size / 1000:.2f}kB into {tmp_path / 'cache'}\n" in capsys.readouterr().out
-    assert hub.fetched == [] and not (tmp_path / "out").exists()
-    cached[SAMPLE[1]] = "here"
-    with pytest.raises(UserError, match=r"out needs \S+B more"):
-        prepare_hub(tmp_path / "out", shard_tokens=50)
+    said = f"to fetch: {size / 1000:.2f}kB into {tmp_path / 'cache'}\n"
+    assert said in capsys.readouterr().out
+    assert hub.fetched == SAMPLE[:1] and not (tmp_path / "out").exists()
+    prepare_hub(tmp_path / "out", shard_tokens=50)
+    assert hub.fetched == SAMPLE and said in capsys.readouterr().out
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(UserError, match=r"again needs \S+B more"):
+        prepare_hub(tmp_path / "again", shard_tokens=50)
     assert "to fetch" not in capsys.readouterr().out
 
 
@@ -1815,7 +1877,7 @@ def test_dataset_that_moved_is_gone_on_with_as_it_was(hub, tmp_path, small_block
     options = Options(out_dir=str(tmp_path / "out"), shard_tokens=50)
     assert interrupted(options, step=9, after=True)
     fineweb.prepare(options)
-    assert hub.asked == ("HuggingFaceFW/fineweb-edu", "c0ffee")
+    assert hub.asked == ("HuggingFaceFW/fineweb-edu", hub.commit)
     assert stream(tmp_path / "out") == reference(TEXTS[:40])
 
 
@@ -1823,13 +1885,13 @@ def test_folder_of_another_revision_is_refused(hub, tmp_path, small_blocks):
     fill_with_parquet(hub)
     prepare_hub(tmp_path / "out", shard_tokens=50, max_shards=1)
     assert interrupted(Options(out_dir=str(tmp_path / "part"), shard_tokens=50), 7, after=True)
-    hub.commit = "other"
+    hub.commit = "0" * 40
     for folder in (tmp_path / "out", tmp_path / "part"):
         before = contents(folder)
         for change in (dict(revision="v2"), dict(dataset="me/mine"), dict(subset="data")):
             with pytest.raises(UserError, match=r"holds shards made with .*: delete the folder"):
                 prepare_hub(folder, shard_tokens=50, **change)
-        with pytest.raises(UserError, match="holds shards of revision c0ffee, not other: delete"):
+        with pytest.raises(UserError, match=r"holds shards of revision c0ffee0+, not 0+: delete"):
             prepare_hub(folder, shard_tokens=50)
         assert contents(folder) == before
 
@@ -1878,25 +1940,11 @@ def test_pretokenized_shard_cut_short_gets_no_final_name(hub, tmp_path):
     assert len(shard_paths(tmp_path / "out")) == 2  # those before it
 
 
-@pytest.fixture
-def fails_at(hub, monkeypatch):
-    """Make the hub fail at the files that end so; returns the function that sets it."""
-    working, ends = hub.hf_hub_download, []
-
-    def failing(dataset, name, **where):
-        if name.endswith(tuple(ends)):
-            raise ConnectionError("connection reset\nby peer")
-        return working(dataset, name, **where)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", failing)
-    return lambda *names: ends.__setitem__(slice(None), names)
-
-
-def test_interrupted_download_goes_on_with_what_is_missing(hub, tmp_path, fails_at):
+def test_interrupted_download_goes_on_with_what_is_missing(hub, tmp_path):
     fill_with_shards(hub)
     prepare_hub(tmp_path / "whole", source="pretokenized")
-    fails_at("2.bin")
-    says = r"cannot fetch finewebedu_train_000002.bin of kjj0/.* \(connection reset\): check the"
+    hub.failing = ("2.bin",)
+    says = r"cannot fetch finewebedu_train_000002.bin of kjj0/.* \(Server error '500.*: check the"
     with pytest.raises(UserError, match=says):
         prepare_hub(tmp_path / "out", source="pretokenized")
     assert [path.name for path in shard_paths(tmp_path / "out")] == [
@@ -1905,7 +1953,7 @@ def test_interrupted_download_goes_on_with_what_is_missing(hub, tmp_path, fails_
     ]
     with pytest.raises(UserError, match="are not all there yet"):
         train_gpt2.TokenShards(str(tmp_path / "out"), "train")
-    fails_at()
+    hub.failing = ()
     hub.fetched.clear()
     prepare_hub(tmp_path / "out", source="pretokenized")
     assert hub.fetched == ["finewebedu_train_000002.bin", "finewebedu_train_000003.bin"]
@@ -1927,7 +1975,7 @@ def test_pretokenized_shard_with_another_sha256_gets_no_name(hub, tmp_path):
     fill_with_shards(hub)
     prepare_hub(tmp_path / "whole", source="pretokenized")
     hub.sums["finewebedu_train_000002.bin"] = "0" * 64
-    says = f"finewebedu_train_000002.bin came with another sha256 than {'0' * 64}: try again"
+    says = f"finewebedu_train_000002.bin of .* came with another sha256 than {'0' * 64}: try again"
     with pytest.raises(UserError, match=says):
         prepare_hub(tmp_path / "out", source="pretokenized")
     out = tmp_path / "out"
@@ -1935,6 +1983,173 @@ def test_pretokenized_shard_with_another_sha256_gets_no_name(hub, tmp_path):
     hub.sums.clear()
     prepare_hub(out, source="pretokenized")
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def fill_with_a_large_file(hub):
+    """One of each kind; returns the names."""
+    random.seed(0)
+    tokens = [END_OF_TEXT, *range(40_000)]
+    names = ["finewebedu_train_000001.bin", "sample/10BT/000.parquet"]
+    (hub.folder / "finewebedu_val_000000.bin").write_bytes(bin_bytes(tokens[:9]))
+    (hub.folder / names[0]).write_bytes(bin_bytes(tokens))
+    (hub.folder / names[1]).parent.mkdir(parents=True)
+    texts = [random.randbytes(500).hex() for _ in range(100)]
+    write_parquet(hub.folder / names[1], texts, compression="none")
+    return names
+
+
+BOTH = pytest.mark.parametrize(
+    ("options", "file"), [(dict(source="pretokenized"), 0), (dict(shard_tokens=50_000), 1)]
+)
+# huggingface_hub's own chunks are of 10 MB
+PREPARE = """
+import common, fineweb, huggingface_hub.constants
+huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 10_000
+common.run(fineweb.main)
+"""
+
+
+@with_sigkill
+@BOTH
+def test_download_that_was_killed_goes_on_where_it_was(hub, tmp_path, options, file):
+    name = fill_with_a_large_file(hub)[file]
+    prepare_hub(tmp_path / "whole", **options)
+    hub.fetched.clear()
+    places = {"HF_ENDPOINT": hub.address, "HF_HUB_CACHE": str(tmp_path / "new")}
+    line = [
+        sys.executable,
+        "-c",
+        PREPARE,
+        *flags(Options(out_dir=str(tmp_path / "out"), **options)),
+    ]
+    start = functools.partial(subprocess.Popen, line, cwd=ROOT, env=os.environ | places)
+    hub.ends[name], size = 55_000, 0
+    hub.hangs_up.clear()
+    with start() as process:
+        while size < 50_000 and process.poll() is None:
+            size = max(
+                path.stat().st_size for path in [hub.folder, *tmp_path.rglob("*.incomplete")]
+            )
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    hub.hangs_up.set()
+    with start() as process:
+        assert process.wait(timeout=60) == 0
+    assert 50_000 <= hub.starts[name][0] <= 55_000 and hub.fetched.count(name) == 2
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not list(tmp_path.rglob("*.incomplete"))
+
+
+@BOTH
+def test_download_goes_on_when_the_hub_hangs_up(hub, tmp_path, monkeypatch, options, file):
+    name = fill_with_a_large_file(hub)[file]
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
+    hub.ends[name] = 55_000
+    prepare_hub(tmp_path / "out", **options)
+    assert hub.starts == {name: [50_000]}
+    fineweb.verify(tmp_path / "out")
+
+
+def fetch_again(hub, path, left, monkeypatch):
+    """What is at `path` after `left` was left there of a file with 100 zeros."""
+    (hub.folder / "x.bin").write_bytes(bytes(100))
+    about = hub.about(hub.folder / "x.bin")
+    file = SimpleNamespace(rfilename="x.bin", size=100, lfs=SimpleNamespace(**about["lfs"]))
+    path.with_name(f"{path.name}.incomplete").write_bytes(left)
+    fineweb.fetch(Options(dataset="me/mine"), file, hub.commit, path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(("left", "starts"), [(0, []), (60, [60]), (100, []), (101, [])])
+def test_left_part_of_a_download_is_used(hub, tmp_path, monkeypatch, left, starts):
+    assert fetch_again(hub, tmp_path / "x", bytes(left), monkeypatch) == bytes(100)
+    assert hub.starts.get("x.bin", []) == starts
+    assert hub.fetched == ["x.bin"] * (left != 100)
+
+
+def test_left_part_of_another_file_is_thrown_away(hub, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"x.bin of me/mine came with another sha256 than"):
+        fetch_again(hub, tmp_path / "x", b"1" * 60, monkeypatch)
+    assert not list(tmp_path.glob("x*"))
+
+
+def test_server_that_sends_all_instead_of_the_rest_is_believed(hub, tmp_path, monkeypatch):
+    hub.takes_ranges = False
+    assert fetch_again(hub, tmp_path / "x", bytes(60), monkeypatch) == bytes(100)
+
+
+def test_parquet_with_another_sha256_does_not_stay(hub, tmp_path):
+    fill_with_parquet(hub)
+    hub.sums[SAMPLE[1]] = "0" * 64
+    with pytest.raises(
+        UserError, match=f"001.parquet of .* came with another sha256 than {'0' * 64}"
+    ):
+        prepare_hub(tmp_path / "out", shard_tokens=50)
+    assert len(list((tmp_path / "cache").rglob("*.parquet"))) == 1
+    hub.sums.clear()
+    prepare_hub(tmp_path / "out", shard_tokens=50)
+    assert stream(tmp_path / "out") == reference(TEXTS[:40])
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_downloaded_file_lies_in_the_cache_once(hub, tmp_path, monkeypatch, links):
+    monkeypatch.setattr("huggingface_hub.file_download.are_symlinks_supported", lambda *_: links)
+    fill_with_parquet(hub)
+    prepare_hub(tmp_path / "out", shard_tokens=50)
+    held = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size > 1000 and not path.is_symlink() for path in held) == 2
+    hub.fetched.clear()
+    prepare_hub(tmp_path / "again", shard_tokens=50)
+    assert hub.fetched == [] and stream(tmp_path / "again") == reference(TEXTS[:40])
+    name = dict(repo_id="HuggingFaceFW/fineweb-edu", repo_type="dataset", revision=hub.commit)
+    path = huggingface_hub.hf_hub_download(filename=SAMPLE[0], **name)
+    assert hub.fetched == [] and Path(path).read_bytes() == (hub.folder / SAMPLE[0]).read_bytes()
+
+
+def test_file_that_two_runs_need_is_fetched_once(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
+    name = fill_with_a_large_file(hub)[1]
+    hub.ends[name] = 55_000
+    options = fineweb.resolve(Options(dataset="me/mine"))
+    sources = [fineweb.open_source(options, None) for _ in range(2)]
+    hub.hangs_up.clear()
+    with ThreadPoolExecutor(2) as pool:
+        made = [pool.submit(source.read, 0, 0) for source in sources]
+        time.sleep(0.2)  # both would have asked by now
+        hub.hangs_up.set()
+        assert [sum(len(block.load()) for block in blocks.result()) for blocks in made] == [100] * 2
+    assert hub.fetched == [name] * 2 and hub.starts == {name: [50_000]}
+
+
+def test_next_file_is_fetched_while_one_is_read(hub, tmp_path, small_blocks):
+    fill_with_parquet(hub)
+    options = fineweb.resolve(Options())
+    source = fineweb.open_source(options, None)
+    blocks = fineweb.read_blocks(source, [0, 1], [0, 0, 0])
+    assert next(blocks).file == 0
+    deadline = time.time() + 20
+    while not list((tmp_path / "cache").rglob("001.parquet")) and time.time() < deadline:
+        time.sleep(0.01)
+    assert hub.fetched == SAMPLE and len({block.file for block in blocks}) == 2
+    assert hub.fetched == SAMPLE
+
+
+def test_file_that_cannot_be_fetched_ahead_is_told_when_it_is_needed(hub, tmp_path, capsys):
+    fill_with_parquet(hub)
+    hub.failing = ("001.parquet",)
+    with pytest.raises(UserError, match=r"cannot fetch sample/10BT/001.parquet of HuggingFaceFW/"):
+        prepare_hub(tmp_path / "out", shard_tokens=50)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_full_disk_is_said_as_it_is(hub, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    fill_with_parquet(hub)
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        prepare_hub(tmp_path / "out", shard_tokens=50)
 
 
 def test_ranks_divide_the_shards_to_fetch(hub, tmp_path):
