@@ -128,7 +128,8 @@ def fit_micro_batch(model, B, block_size, runtime):
 
 def versions():
     """{package: its version} of those that are installed."""
-    return {name: version(name) for name in PACKAGES if importlib.util.find_spec(name)}
+    found = {name: version(name) for name in PACKAGES if importlib.util.find_spec(name)}
+    return found | {"torch": str(torch.__version__)}  # says which CUDA it is for, too
 
 
 def choose_attention(cfg, runtime):
