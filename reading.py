@@ -319,17 +319,20 @@ ROWS = 16  # to read of a .parquet at a time: nothing tells before how long they
 
 
 def read_row_groups(file, path, column, skip):
-    groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-    ends = list(itertools.accumulate(groups))
-    first = sum(end <= skip for end in ends)
-    done, held, size = sum(groups[:first]), [], 0
-    for batch in file.iter_batches(ROWS, row_groups=range(first, len(ends)), columns=[column]):
+    groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+    ends = [0, *itertools.accumulate(group.num_rows for group in groups)]
+    leaf = [file.schema.column(i).path for i in range(len(file.schema))].index(column)
+    sizes = [max(1, group.column(leaf).total_uncompressed_size) for group in groups]
+    shares = np.cumsum([0, *sizes]) / max(1, sum(sizes))  # of its text that ends with a group
+    first = sum(end <= skip for end in ends[1:])
+    done, held, size = ends[first], [], 0
+    for batch in file.iter_batches(ROWS, row_groups=range(first, len(groups)), columns=[column]):
         texts = batch.column(0)[max(0, skip - done) :]
         held, size, done = [*held, texts], size + texts.nbytes, done + len(batch)
         if size >= BLOCK_BYTES or done == ends[-1]:
             start = done - sum(map(len, held))
             load = functools.partial(checked_strings, held, path, start)
-            yield Block(load, start, done / ends[-1], size)
+            yield Block(load, start, np.interp(done, ends, shares), size)
             held, size = [], 0
 
 

@@ -324,6 +324,14 @@ def test_long_text_comes_in_many_stretches(tmp_path, small_blocks):
     assert shares == sorted(shares) and shares[0] < 0.2 and shares[-1] == 1.0
 
 
+def test_share_of_a_parquet_file_goes_by_its_text_not_its_rows(tmp_path, small_blocks):
+    texts = ["one long text " * 1000, *["short"] * 1000]
+    path = write_parquet(tmp_path / "x.parquet", texts, row_group_size=50, use_dictionary=False)
+    shares = [block.share for block in reading.read_file(path, "text", 0)]
+    assert shares == sorted(shares) and shares[-1] == 1.0
+    assert shares[24] > 0.5  # after 50 rows
+
+
 @settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 30), max_size=20),
