@@ -41,7 +41,7 @@ def run(main):
         print(f"error: {error}: mend that and run the same command again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)  # below a progress bar
         sys.exit(130)
 
 
@@ -96,6 +96,9 @@ def replacing(path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk has no name
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

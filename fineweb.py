@@ -45,8 +45,9 @@ import numpy as np
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
+import hub
 import reading
-from common import DISK, UserError, check_disk, command_line, replacing, run
+from common import UserError, check_disk, command_line, replacing, run
 from reading import PIECE, bounds, count, large_strings, local_files
 
 TABLE = Path(__file__).parent / "assets" / "gpt2.tiktoken"  # `<token in base64> <id>` a line
@@ -264,6 +265,7 @@ class Source(NamedTuple):
     sizes: list  # of its files, in bytes
     read: Callable  # (number of a file, `start` of a Block) -> its Blocks from there on
     fetch: Callable | None = None  # (number of a file), to be called while another one is read
+    missing: Callable = lambda: 0  # bytes of them that are yet to be fetched
 
 
 def open_source(options, revision):
@@ -275,23 +277,23 @@ def open_source(options, revision):
         paths = local_files(options.input)
         sizes = [max(1, path.stat().st_size) for path in paths]
         return Source("", sizes, lambda i, skip: reading.read_file(paths[i], column, skip))
-    commit, files = list_dataset(options, revision)
-    files = in_subset(options.subset, files)
+    dataset = hub.Dataset(options.dataset, revision or options.revision)
+    files = in_subset(options.subset, dataset.files)
     if not files:
         there = f"{options.dataset}/{options.subset}".rstrip("/")
         raise UserError(f"no .parquet file in {there}: see --dataset, --subset")
-    if not options.max_shards:
-        check_downloads(options.dataset, commit, files)
+    sizes = [file.size or 1 for file in files]
 
     def fetch(i):
-        return download(options, files[i], commit)
+        return dataset.download(files[i])
 
     def read(i, skip):
         return reading.read_file(fetch(i), column, skip)
 
-    # before the end of max_shards nothing tells how many files they need
-    ahead = None if options.max_shards else fetch
-    return Source(commit, [file.size or 1 for file in files], read, ahead)
+    if options.max_shards:  # nothing tells how many files they need
+        return Source(dataset.commit, sizes, read)
+    hub.check_room(hub.cache(), dataset.missing(files))
+    return Source(dataset.commit, sizes, read, fetch, lambda: dataset.missing(files))
 
 
 HELD_OUT = re.compile(r"(?<![a-z])(test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
@@ -504,7 +506,7 @@ def write_shards(options, ranks, manifest):
     begun = f", going on after {len(made)} shards" if made else ""
     ranks.print(f"{options.source} -> {options.out_dir}, tokenized by {options.tokenizer}{begun}")
     blocks = tokenize(read_blocks(source, files, place), options)
-    stream = counted(blocks, options, ranks, done=sum(made) - place[2], most=sum(sizes))
+    stream = counted(blocks, options, ranks, source, sum(made) - place[2], sum(sizes))
     shards, writing = cut(stream, sizes[len(made) :], skip=place[2]), None
     # a shard is written beside the making of the next; threads end here, whatever happens
     with contextlib.closing(blocks), ThreadPoolExecutor(1) as writer:
@@ -529,17 +531,20 @@ def write_shards(options, ranks, manifest):
 
 def read_blocks(source, files, place):
     """Yield the Blocks of these files from a place on; `share` is of all the files."""
-    total, before = sum(source.sizes[i] for i in files), 0
+    total, before, ahead = sum(source.sizes[i] for i in files), 0, None
     for i, following in itertools.zip_longest(files, files[1:]):
         if i >= place[0]:
             skip = place[1] if i == place[0] else 0
+            if ahead:
+                ahead.join()
             blocks = source.read(i, skip)
             first = next(blocks, None)
             if skip and (not first or first.start != skip):
                 raise UserError(f"the text is not read as when its shards were begun: {ANEW}")
             if source.fetch and following:
-                ahead = functools.partial(quietly, source.fetch, following)
-                threading.Thread(target=ahead, daemon=True).start()  # what it has stays if it ends
+                fetch = functools.partial(quietly, source.fetch, following)
+                ahead = threading.Thread(target=fetch, daemon=True)  # if it ends, what it has stays
+                ahead.start()
             for block in itertools.chain([first] if first else [], blocks):
                 share = (before + block.share * source.sizes[i]) / total
                 yield block._replace(file=i, share=share)
@@ -551,7 +556,7 @@ def quietly(fetch, i):
         fetch(i)
 
 
-def counted(stream, options, ranks, done, most):
+def counted(stream, options, ranks, source, done, most):
     """Pass a stream on: first say what is to come, then show a progress bar, in tokens.
 
     `done` were made before, `most` are wanted; how many there are is foreseen from what was read.
@@ -564,17 +569,20 @@ def counted(stream, options, ranks, done, most):
             done += len(tokens)
             expected = int(min(done / block.share, most))
             if bar.total is None:
-                foresee(options.out_dir, ranks, 2 * (expected - done + len(tokens)))
+                foresee(options.out_dir, ranks, source, 2 * (expected - done + len(tokens)))
             bar.total = expected
             bar.update(len(tokens))
             yield block, tokens
 
 
-def foresee(out_dir, ranks, size):
+def foresee(out_dir, ranks, source, size):
     """Say how much is to come, and that the disk has room for it; a UserError if not."""
     from tqdm import tqdm
 
-    free = check_disk(out_dir, size * ranks.world)
+    fetched = source.missing()
+    if fetched and os.stat(out_dir).st_dev != os.stat(hub.cache()).st_dev:
+        fetched = 0  # to another disk
+    free = check_disk(out_dir, size * ranks.world + fetched)
     sizes = size // 2 * ranks.world, size * ranks.world, free
     tokens, size, free = map(tqdm.format_sizeof, sizes)
     if ranks.rank == 0:  # the bar is on the screen
@@ -624,108 +632,17 @@ def describe(path):
     return dict(file=path.name, documents=documents, tokens=len(tokens), sha256=sha256)
 
 
-# ---------------------------------------------------------------- downloads
-
-
-@contextlib.contextmanager
-def fetching(what):
-    """Make a UserError of whatever the network does inside."""
-    try:
-        yield
-    except Exception as error:  # its types differ between the versions of huggingface_hub
-        if getattr(error, "errno", None) in DISK:
-            raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        remedy = "check the name and the network and run the same command again"
-        raise UserError(f"cannot fetch {what} ({reason}): {remedy}") from None
-
-
-def list_dataset(options, revision):
-    """(commit, its files with rfilename, size and lfs.sha256) of a Hugging Face dataset."""
-    from huggingface_hub import HfApi
-
-    revision = revision or options.revision
-    with fetching(f"the list of files of {options.dataset} at {revision}"):
-        info = HfApi().dataset_info(options.dataset, revision=revision, files_metadata=True)
-    return info.sha, sorted(info.siblings, key=lambda file: file.rfilename)
-
-
-def download(options, file, commit):
-    """Fetch a file of the dataset into huggingface_hub's cache; return its path there."""
-    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.file_download import repo_folder_name
-    from huggingface_hub.utils import WeakFileLock
-
-    name = dict(repo_id=options.dataset, filename=file.rfilename, repo_type="dataset")
-    if isinstance(path := try_to_load_from_cache(**name, revision=commit), str):
-        return path
-    folder = repo_folder_name(repo_id=options.dataset, repo_type="dataset")
-    blob = None
-    if file.lfs:  # a large one: where it would be downloaded to, there it is found
-        blob = Path(constants.HF_HUB_CACHE, folder, "blobs", file.lfs.sha256)
-        lock = Path(constants.HF_HUB_CACHE, ".locks", folder, f"{blob.name}.lock")
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(lock):
-            fetch(options, file, commit, blob)
-    with fetching(f"{file.rfilename} of {options.dataset}"):
-        path = hf_hub_download(**name, revision=commit)
-    with contextlib.suppress(FileNotFoundError):
-        if blob and not blob.samefile(path):  # a system without links made a copy
-            blob.unlink()
-    return path
-
-
-def fetch(options, file, commit, path):
-    """Download a file of the dataset to `path`, going on from what an earlier run has of it.
-
-    huggingface_hub's own download begins anew after a kill (its issue 4196).
-    """
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
-
-    if path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    url = hf_hub_url(options.dataset, file.rfilename, repo_type="dataset", revision=commit)
-    partial = path.with_name(f"{path.name}.incomplete")
-    with open(partial, "ab+") as part:
-        if part.tell() > file.size:  # it is of no use
-            part.truncate(0)
-        with fetching(f"{file.rfilename} of {options.dataset}"):
-            # of what is packed on the way no part can be asked for
-            headers = build_hf_headers() | {"Accept-Encoding": "identity"}
-            size = dict(resume_size=part.seek(0, os.SEEK_END), expected_size=file.size)
-            http_get(url, part, headers=headers, **size)
-        part.flush()
-        os.fsync(part.fileno())
-        part.seek(0)
-        sha256 = hashlib.file_digest(part, "sha256").hexdigest()
-    if file.lfs and sha256 != file.lfs.sha256:
-        partial.unlink()
-        wrong = f"came with another sha256 than {file.lfs.sha256}"
-        raise UserError(f"{file.rfilename} of {options.dataset} {wrong}: try again")
-    os.replace(partial, path)
-
-
-def check_downloads(dataset, commit, files):
-    """Say what is to be fetched, and that the disk of huggingface_hub's cache has room for it."""
-    from huggingface_hub import constants, try_to_load_from_cache
-    from tqdm import tqdm
-
-    cached = functools.partial(try_to_load_from_cache, repo_type="dataset", revision=commit)
-    size = sum(f.size or 0 for f in files if not isinstance(cached(dataset, f.rfilename), str))
-    if size and os.environ.get("RANK", "0") == "0":
-        print(f"to fetch: {tqdm.format_sizeof(size, 'B')} into {constants.HF_HUB_CACHE}")
-    check_disk(constants.HF_HUB_CACHE, size)
+# ---------------------------------------------------------------- shards that others made
 
 
 def fetch_shards(options, ranks, manifest):
     """Download this rank's part of ready .bin shards; `manifest` grows with them."""
-    commit, files = list_dataset(options, manifest["revision"])
-    manifest["revision"] = commit
+    from tqdm import tqdm
+
+    dataset = hub.Dataset(options.dataset, manifest["revision"] or options.revision)
+    manifest["revision"] = dataset.commit
     splits = {"val": [], "train": []}
-    for file in files:
+    for file in dataset.files:
         if match := re.search(r"_(val|train)_(\d{6})\.bin$", file.rfilename):
             splits[match[1]].append((file, f"edufineweb_{match[0][1:]}"))
     if not all(splits.values()):
@@ -735,20 +652,31 @@ def fetch_shards(options, ranks, manifest):
     manifest["next"][ranks.key] = None if whole else [len(wanted), 0, 0]
     there = {shard["file"] for shard in manifest["shards"]}
     mine = [wanted[i] for i in ranks.files([1] * len(wanted))]
-    missing = [(file, name) for file, name in mine if name not in there]
-    check_disk(options.out_dir, sum(file.size or 0 for file, _ in missing))
+    missing = [(file, name) for file, name in wanted if name not in there]
+    incoming = Path(options.out_dir, INCOMING)
+    hub.check_room(options.out_dir, sum(f.size - hub.held(incoming / name) for f, name in missing))
     write_manifest(ranks.partial(options.out_dir), manifest)
-    for file, name in missing:
-        manifest["shards"].append(fetch_shard(options, file, name, commit))
-        write_manifest(ranks.partial(options.out_dir), manifest)
+    tokens = {name: (file.size - 4 * BIN_HEADER) // 2 for file, name in mine}
+    done = sum(tokens[name] for name in tokens if name in there)
+    hidden, total = ranks.rank > 0 or None, sum(tokens.values())
+    with tqdm(initial=done, total=total, unit=" tokens", unit_scale=True, disable=hidden) as bar:
+        for file, name in mine:
+            if name not in there:
+                manifest["shards"].append(fetch_shard(options, dataset, file, name))
+                write_manifest(ranks.partial(options.out_dir), manifest)
+                bar.update(tokens[name])
 
 
-def fetch_shard(options, file, name, commit):
+def fetch_shard(options, dataset, file, name):
     """Download one shard, give it its name when it is whole, and return its entry."""
-    path = Path(options.out_dir, INCOMING, name)
-    fetch(options, file, commit, path)
+    final, path = Path(options.out_dir, name), Path(options.out_dir, INCOMING, name)
+    path.parent.mkdir(exist_ok=True)
+    for there in (final, path):  # whole, but a kill came before it was noted
+        if there.exists():
+            os.replace(there, hub.incomplete(path))
+    dataset.fetch(file, path)
     entry = describe(path)
-    os.replace(path, Path(options.out_dir, name))
+    os.replace(path, final)
     return entry
 
 

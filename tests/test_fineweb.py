@@ -871,13 +871,20 @@ def test_report_counts_steps_of_an_epoch_rounded_up(capsys):
     assert second == "train on it: python train_gpt2.py --data_dir=there"
 
 
-def test_bar_counts_tokens_with_rate_and_what_is_left(corpus, tmp_path, monkeypatch, small_blocks):
+@pytest.fixture
+def screen(monkeypatch):
+    """What the bars draw, as at a terminal."""
+
     class Shown(tqdm.tqdm):
         def __init__(self, *args, **keys):
             super().__init__(*args, **keys | dict(disable=False, file=screen, mininterval=0))
 
     screen = io.StringIO()
     monkeypatch.setattr(tqdm, "tqdm", Shown)
+    return screen
+
+
+def test_bar_counts_tokens_with_rate_and_what_is_left(corpus, tmp_path, screen, small_blocks):
     total = len(prepare_local(corpus, tmp_path / "out"))
     bars = screen.getvalue().split("\r")
     assert re.search(rf"100%.* {total / 1000:.2f}k/{total / 1000:.2f}k \[.*tokens/s\]", bars[-1])
@@ -1698,7 +1705,10 @@ class Hub(ThreadingHTTPServer):
         self.ends, self.takes_ranges = {}, True  # file -> after how many bytes to hang up, once
         self.hangs_up = threading.Event()  # until then it stays silent
         self.hangs_up.set()
-        self.failing = ()  # how the names end of the files that it cannot send
+        self.failing, self.fails_with = (), 500  # how the names end of the files it cannot send
+        self.refuses = {}  # headers of an answer 404 to whatever is asked
+        self.large = (".parquet", ".bin")  # which files have a sha256
+        self.heads = []  # (path, token, encoding) of what was asked
         folder.mkdir()
         self.address = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
@@ -1708,7 +1718,7 @@ class Hub(ThreadingHTTPServer):
         sha256 = self.sums.get(name, hashlib.sha256(data).hexdigest())
         lfs = dict(sha256=sha256, size=len(data), pointerSize=1)
         about = dict(rfilename=name, size=len(data), blobId=hashlib.sha1(data).hexdigest())
-        return about | (dict(lfs=lfs) if path.suffix in (".parquet", ".bin") else {})
+        return about | (dict(lfs=lfs) if path.suffix in self.large else {})
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -1722,6 +1732,9 @@ class Answers(BaseHTTPRequestHandler):
 
     def do_GET(self):
         hub, url = self.server, urllib.parse.urlsplit(self.path)
+        hub.heads.append((url.path, self.headers["Authorization"], self.headers["Accept-Encoding"]))
+        if hub.refuses:
+            return self.answer(b"", 404, hub.refuses)
         if match := re.fullmatch("/api/datasets/(.+)/revision/(.+)", url.path):
             assert url.query.lower() == "blobs=true"
             hub.asked = match[1], match[2]
@@ -1747,7 +1760,7 @@ class Answers(BaseHTTPRequestHandler):
             return self.answer(data, headers=etag)
         hub, start = self.server, 0
         if name.endswith(hub.failing):
-            return self.send_error(500)
+            return self.send_error(hub.fails_with)
         hub.fetched.append(name)
         if hub.takes_ranges and (asked := self.headers.get("Range")):
             start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
@@ -1777,6 +1790,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", hub.address)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(fineweb.hub, "PAUSES", ())
     yield hub
     hub.shutdown()
     hub.server_close()
@@ -1869,8 +1883,8 @@ def test_what_is_to_fetch_is_said_and_needs_room(hub, tmp_path, monkeypatch, cap
     with full, pytest.raises(UserError, match=r"cache needs \S+B more, 10.0B are free"):
         prepare_hub(tmp_path / "out", shard_tokens=50)
     size = (hub.folder / SAMPLE[1]).stat().st_size
-    said = f"to fetch: {size / 1000:.2f}kB into {tmp_path / 'cache'}\n"
-    assert said in capsys.readouterr().out
+    said = f"to fetch: {size / 1000:.2f}kB into {tmp_path / 'cache'}; "
+    assert said not in capsys.readouterr().out
     assert hub.fetched == SAMPLE[:1] and not (tmp_path / "out").exists()
     prepare_hub(tmp_path / "out", shard_tokens=50)
     assert hub.fetched == SAMPLE and said in capsys.readouterr().out
@@ -1952,7 +1966,7 @@ def test_interrupted_download_goes_on_with_what_is_missing(hub, tmp_path):
     fill_with_shards(hub)
     prepare_hub(tmp_path / "whole", source="pretokenized")
     hub.failing = ("2.bin",)
-    says = r"cannot fetch finewebedu_train_000002.bin of kjj0/.* \(Server error '500.*: check the"
+    says = r"cannot fetch finewebedu_train_000002.bin of kjj0/.* \(Server error '500.*: check its"
     with pytest.raises(UserError, match=says):
         prepare_hub(tmp_path / "out", source="pretokenized")
     assert [path.name for path in shard_paths(tmp_path / "out")] == [
@@ -2058,32 +2072,92 @@ def test_download_goes_on_when_the_hub_hangs_up(hub, tmp_path, monkeypatch, opti
     fineweb.verify(tmp_path / "out")
 
 
-def fetch_again(hub, path, left, monkeypatch):
+def fetch_again(hub, path, left):
     """What is at `path` after `left` was left there of a file with 100 zeros."""
     (hub.folder / "x.bin").write_bytes(bytes(100))
-    about = hub.about(hub.folder / "x.bin")
-    file = SimpleNamespace(rfilename="x.bin", size=100, lfs=SimpleNamespace(**about["lfs"]))
     path.with_name(f"{path.name}.incomplete").write_bytes(left)
-    fineweb.fetch(Options(dataset="me/mine"), file, hub.commit, path)
+    dataset = fineweb.hub.Dataset("me/mine", "main")
+    dataset.fetch(dataset.files[0], path)
     return path.read_bytes()
 
 
 @pytest.mark.parametrize(("left", "starts"), [(0, []), (60, [60]), (100, []), (101, [])])
-def test_left_part_of_a_download_is_used(hub, tmp_path, monkeypatch, left, starts):
-    assert fetch_again(hub, tmp_path / "x", bytes(left), monkeypatch) == bytes(100)
+def test_left_part_of_a_download_is_used(hub, tmp_path, left, starts):
+    assert fetch_again(hub, tmp_path / "x", bytes(left)) == bytes(100)
     assert hub.starts.get("x.bin", []) == starts
     assert hub.fetched == ["x.bin"] * (left != 100)
 
 
-def test_left_part_of_another_file_is_thrown_away(hub, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"x.bin of me/mine came with another sha256 than"):
-        fetch_again(hub, tmp_path / "x", b"1" * 60, monkeypatch)
+def test_left_part_of_another_file_is_thrown_away(hub, tmp_path):
+    assert fetch_again(hub, tmp_path / "x", b"1" * 60) == bytes(100)
+    assert hub.fetched == ["x.bin"] * 2 and hub.starts == {"x.bin": [60]}
+
+
+def test_file_that_comes_otherwise_twice_is_not_taken(hub, tmp_path):
+    hub.sums["x.bin"] = "0" * 64
+    with pytest.raises(UserError, match=r"x.bin of me/mine came with another sha256 than 0+: try"):
+        fetch_again(hub, tmp_path / "x", b"1" * 60)
     assert not list(tmp_path.glob("x*"))
 
 
-def test_server_that_sends_all_instead_of_the_rest_is_believed(hub, tmp_path, monkeypatch):
+def test_server_that_sends_all_instead_of_the_rest_is_believed(hub, tmp_path):
     hub.takes_ranges = False
-    assert fetch_again(hub, tmp_path / "x", bytes(60), monkeypatch) == bytes(100)
+    assert fetch_again(hub, tmp_path / "x", bytes(60)) == bytes(100)
+
+
+def test_hub_that_fails_for_a_while_is_waited_for(hub, tmp_path, monkeypatch, capsys):
+    waited = []
+
+    def sleep(pause):
+        waited.append(pause)
+        hub.failing = () if len(waited) == 2 else hub.failing
+
+    monkeypatch.setattr(fineweb.hub, "PAUSES", (11, 22, 33))
+    monkeypatch.setattr(fineweb.hub.time, "sleep", sleep)
+    hub.failing = ("x.bin",)
+    assert fetch_again(hub, tmp_path / "x", bytes(60)) == bytes(100)
+    assert waited == [11, 22] and hub.starts == {"x.bin": [60]}
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and re.match("x.bin: Server error '500 .*: trying again in 11 s", said[0])
+
+
+def test_hub_that_refuses_is_not_asked_again(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(fineweb.hub, "PAUSES", (11, 22, 33))
+    monkeypatch.setattr(fineweb.hub.time, "sleep", None)
+    hub.failing, hub.fails_with = ("x.bin",), 404
+    with pytest.raises(
+        UserError, match=r"cannot fetch x.bin of me/mine \(.*404.*\): check its name"
+    ):
+        fetch_again(hub, tmp_path / "x", b"")
+
+
+def test_what_the_hub_says_comes_without_its_numbers_alone(hub, tmp_path):
+    hub.refuses = {"X-Error-Code": "RepoNotFound", "X-Request-Id": "Root=1-abc"}
+    says = r"list of files of me/typo at main \(404 .*Repository Not Found .*\): check its name"
+    with pytest.raises(UserError, match=says) as raised:
+        prepare_hub(tmp_path / "out", dataset="me/typo")
+    assert "\n" not in str(raised.value)
+
+
+def test_token_is_for_the_hub_alone_and_nothing_comes_packed(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    fetch_again(hub, tmp_path / "x", b"")
+    assert {(path.split("/")[1], token) for path, token, _ in hub.heads} == {
+        ("api", "Bearer hf_secret"),
+        ("datasets", "Bearer hf_secret"),
+        ("elsewhere", None),
+    }
+    assert {packed for path, _, packed in hub.heads if "/api/" not in path} == {"identity"}
+
+
+@pytest.mark.parametrize("options", [dict(source="pretokenized"), dict(shard_tokens=50)])
+def test_files_without_a_sha256_are_fetched_too(hub, tmp_path, options):
+    hub.large = ()
+    fill_with_shards(hub)
+    fill_with_parquet(hub)
+    prepare_hub(tmp_path / "out", **options)
+    fineweb.verify(tmp_path / "out")
+    assert len(hub.fetched) == (4 if "source" in options else 2)
 
 
 def test_parquet_with_another_sha256_does_not_stay(hub, tmp_path):
@@ -2106,12 +2180,16 @@ def test_downloaded_file_lies_in_the_cache_once(hub, tmp_path, monkeypatch, link
     prepare_hub(tmp_path / "out", shard_tokens=50)
     held = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size > 1000 and not path.is_symlink() for path in held) == 2
+    assert sum(path.is_symlink() for path in held) == 2 * links
     hub.fetched.clear()
     prepare_hub(tmp_path / "again", shard_tokens=50)
     assert hub.fetched == [] and stream(tmp_path / "again") == reference(TEXTS[:40])
     name = dict(repo_id="HuggingFaceFW/fineweb-edu", repo_type="dataset", revision=hub.commit)
     path = huggingface_hub.hf_hub_download(filename=SAMPLE[0], **name)
     assert hub.fetched == [] and Path(path).read_bytes() == (hub.folder / SAMPLE[0]).read_bytes()
+    os.unlink(os.path.realpath(path))
+    prepare_hub(tmp_path / "anew", shard_tokens=50)
+    assert hub.fetched == SAMPLE[:1] and stream(tmp_path / "anew") == reference(TEXTS[:40])
 
 
 def test_file_that_two_runs_need_is_fetched_once(hub, tmp_path, monkeypatch):
@@ -2142,21 +2220,130 @@ def test_next_file_is_fetched_while_one_is_read(hub, tmp_path, small_blocks):
     assert hub.fetched == SAMPLE
 
 
-def test_file_that_cannot_be_fetched_ahead_is_told_when_it_is_needed(hub, tmp_path, capsys):
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_file_that_cannot_be_fetched_ahead_is_told_when_it_is_needed(hub, tmp_path):
     fill_with_parquet(hub)
     hub.failing = ("001.parquet",)
     with pytest.raises(UserError, match=r"cannot fetch sample/10BT/001.parquet of HuggingFaceFW/"):
         prepare_hub(tmp_path / "out", shard_tokens=50)
-    assert "Traceback" not in capsys.readouterr().err
 
 
+def test_run_waits_for_what_it_fetches_ahead_though_locks_do_nothing(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils.WeakFileLock", lambda _: contextlib.nullcontext())
+    fill_with_parquet(hub)
+    hub.ends[SAMPLE[1]] = 400
+    hub.hangs_up.clear()
+    with ThreadPoolExecutor(1) as pool:
+        made = pool.submit(prepare_hub, tmp_path / "out", shard_tokens=50)
+        time.sleep(0.5)  # it has read the first file by now
+        assert not made.done()
+        hub.hangs_up.set()
+        made.result()
+    assert hub.fetched == [*SAMPLE, SAMPLE[1]]
+    assert stream(tmp_path / "out") == reference(TEXTS[:40])
+
+
+@with_sigkill
+def test_ctrl_c_does_not_wait_for_what_is_fetched_ahead(hub, tmp_path):
+    fill_with_parquet(hub)
+    hub.ends[SAMPLE[1]] = 400
+    hub.hangs_up.clear()
+    places = {"HF_ENDPOINT": hub.address, "HF_HUB_CACHE": str(tmp_path / "new")}
+    options = Options(out_dir=str(tmp_path / "out"), shard_tokens=50)
+    line = [sys.executable, str(ROOT / "fineweb.py"), *flags(options)]
+    output = subprocess.PIPE
+    with subprocess.Popen(line, env=os.environ | places, stderr=output, text=True) as process:
+        while SAMPLE[1] not in hub.fetched and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=8)[1]  # it would ask again after 10
+    hub.hangs_up.set()
+    assert process.returncode == 130 and errors.endswith("\ninterrupted\n")
+    assert "Traceback" not in errors
+
+
+def test_room_is_for_what_is_to_fetch_too_where_it_goes_to_the_same_disk(tmp_path, monkeypatch):
+    source = fineweb.Source("", [1], None, missing=lambda: 1000)
+    monkeypatch.setattr(fineweb.hub, "cache", lambda: tmp_path)
+    [ranks] = make_ranks(1)
+    foresee = functools.partial(fineweb.foresee, tmp_path, ranks, source, 500)
+    with patched((shutil, "disk_usage", lambda path: SimpleNamespace(free=1499))):
+        with pytest.raises(UserError, match=r"needs 1.50kB more, 1.50kB are free"):
+            foresee()
+        monkeypatch.setattr(fineweb.hub, "cache", lambda: Path("/proc"))
+        foresee()
+    monkeypatch.setattr(fineweb.hub, "cache", lambda: tmp_path)
+    with patched((shutil, "disk_usage", lambda path: SimpleNamespace(free=1500))):
+        foresee()
+
+
+def test_what_is_there_of_a_file_needs_no_more_room(hub, tmp_path):
+    fill_with_parquet(hub)
+    dataset = fineweb.hub.Dataset("me/mine", "main")
+    files = [file for file in dataset.files if file.lfs]
+    whole = dataset.missing(files)
+    assert whole == sum(file.size for file in files)
+    _, blob = dataset.cached(files[0])
+    blob.parent.mkdir(parents=True)
+    blob.with_name(f"{blob.name}.incomplete").write_bytes(bytes(100))
+    assert dataset.missing(files) == whole - 100
+    dataset.download(files[1])
+    assert dataset.missing(files) == whole - 100 - files[1].size
+    dataset.commit = "0" * 40  # which has the same files
+    assert dataset.missing(files) == whole - 100 - files[1].size
+
+
+@pytest.mark.parametrize("calls", range(1, 14))
+def test_shard_that_was_fetched_but_not_noted_is_not_fetched_again(
+    hub, tmp_path, monkeypatch, calls
+):
+    fill_with_shards(hub)
+    out, replace, left = tmp_path / "out", os.replace, iter(range(calls))
+
+    def killed(*paths):
+        if next(left, None) is None:
+            raise KeyboardInterrupt  # which stands for the kill
+        replace(*paths)
+
+    with patched((os, "replace", killed)), pytest.raises(KeyboardInterrupt):
+        prepare_hub(out, source="pretokenized")
+    prepare_hub(out, source="pretokenized")
+    assert len(hub.fetched) == len(set(hub.fetched)) == 4
+    fineweb.verify(out)
+
+
+def test_what_lies_under_the_name_of_a_shard_is_checked(hub, tmp_path):
+    fill_with_shards(hub)
+    prepare_hub(tmp_path / "whole", source="pretokenized")
+    incoming = tmp_path / "out" / ".incoming"
+    incoming.mkdir(parents=True)
+    shutil.copy(hub.folder / "finewebedu_train_000003.bin", incoming / "edufineweb_val_000000.bin")
+    prepare_hub(tmp_path / "out", source="pretokenized")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_shards_to_fetch_are_said_with_their_room(hub, tmp_path, screen, capsys):
+    fill_with_shards(hub)
+    prepare_hub(tmp_path / "out", source="pretokenized", max_shards=1)
+    assert f"to fetch: 2.06kB into {tmp_path / 'out'}; " in capsys.readouterr().out
+    prepare_hub(tmp_path / "out", source="pretokenized")
+    assert f"to fetch: 2.06kB into {tmp_path / 'out'}; " in capsys.readouterr().out
+    assert re.search(r"100%.* 12.0/12.0 \[.*tokens/s\]", screen.getvalue().split("\r")[-1])
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_full_disk_is_said_as_it_is(hub, tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    from huggingface_hub.file_download import http_get
+
+    def full(url, *args, **keys):
+        if SAMPLE[1] in url:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        http_get(url, *args, **keys)
 
     fill_with_parquet(hub)
+    monkeypatch.setattr(fineweb.hub, "PAUSES", (1000,))
     monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
-    with pytest.raises(OSError, match="No space left on device"):
+    with pytest.raises(OSError, match=f"No space left on device: '{SAMPLE[1]} of Hugging"):
         prepare_hub(tmp_path / "out", shard_tokens=50)
 
 

@@ -326,7 +326,7 @@ def test_watch_ends_on_ctrl_c(tmp_path):
         assert process.stdout.readline() == "wrote a.png and a_norms.png, again when a log grows\n"
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (130, "interrupted\n")
+    assert (process.returncode, errors) == (130, "\ninterrupted\n")
     assert sorted(x.name for x in tmp_path.iterdir()) == ["a", "a.png", "a_norms.png"]
 
 
