@@ -18,6 +18,7 @@ class UserError(Exception):
     """A mistake the user can mend: one or two lines that say what, where and what to do."""
 
 
+IN_THE_WAY = PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError
 DISK = [getattr(errno, name, 0) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS")]
 
 
@@ -26,7 +27,7 @@ def run(main):
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character that a text has
     try:
         main()
-    except (UserError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
+    except (UserError, *IN_THE_WAY) as error:
         if os.environ.get("RANK", "0") != "0":
             # a mistake of all ranks ends rank 0, and with it this one before it repeats it
             time.sleep(3)
@@ -97,7 +98,8 @@ def replacing(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk has no name
+        if error.errno in DISK:
+            error.filename = error.filename or str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)

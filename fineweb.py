@@ -535,8 +535,8 @@ def read_blocks(source, files, place):
     for i, following in itertools.zip_longest(files, files[1:]):
         if i >= place[0]:
             skip = place[1] if i == place[0] else 0
-            if ahead:
-                ahead.join()
+            while ahead and ahead.is_alive():
+                ahead.join(1)  # Windows hears no Ctrl-C in a longer wait
             blocks = source.read(i, skip)
             first = next(blocks, None)
             if skip and (not first or first.start != skip):
@@ -653,8 +653,9 @@ def fetch_shards(options, ranks, manifest):
     there = {shard["file"] for shard in manifest["shards"]}
     mine = [wanted[i] for i in ranks.files([1] * len(wanted))]
     missing = [(file, name) for file, name in wanted if name not in there]
-    incoming = Path(options.out_dir, INCOMING)
-    hub.check_room(options.out_dir, sum(f.size - hub.held(incoming / name) for f, name in missing))
+    folders = Path(options.out_dir), Path(options.out_dir, INCOMING)
+    held = sum(hub.held(f.size, *(folder / name for folder in folders)) for f, name in missing)
+    hub.check_room(options.out_dir, sum(file.size for file, _ in missing) - held)
     write_manifest(ranks.partial(options.out_dir), manifest)
     tokens = {name: (file.size - 4 * BIN_HEADER) // 2 for file, name in mine}
     done = sum(tokens[name] for name in tokens if name in there)

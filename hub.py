@@ -1,7 +1,7 @@
 """Files of a Hugging Face dataset, fetched once: what was cut off goes on where it was.
 
-huggingface_hub's own download begins a file anew after a kill (its issue 4196). This one keeps the
-part, in huggingface_hub's cache, and checks the sha256 of what came.
+huggingface_hub's own download starts a file over after a kill (its issue 4196). This one appends
+to the part that is there, then compares the whole file's checksum with the hub's.
 """
 
 import contextlib
@@ -12,11 +12,11 @@ from pathlib import Path
 
 from common import DISK, UserError, check_disk
 
-PAUSES = 1, 10, 60, 300  # seconds to wait for a network that fails before each further try
+PAUSES = 1, 10, 60, 300  # seconds to wait for a failing network, as long as nothing comes
 
 
 class Dataset:
-    """A dataset at one commit, and its `files`, with rfilename, size and lfs (sha256 or None)."""
+    """A dataset at one commit. Its `files` have an rfilename, size, blob_id and, if large, lfs."""
 
     def __init__(self, name, revision):
         from huggingface_hub import HfApi
@@ -25,42 +25,52 @@ class Dataset:
         with fetching(f"the list of files of {name} at {revision}"):
             info = HfApi().dataset_info(name, revision=revision, files_metadata=True)
         self.commit, self.files = info.sha, sorted(info.siblings, key=lambda file: file.rfilename)
+        for path in (Path(file.rfilename) for file in self.files):
+            if path.is_absolute() or ".." in path.parts:
+                raise UserError(f"{name} has a file outside itself, {path}: do not trust it")
 
-    def cached(self, file):
-        """Where huggingface_hub's cache has a file: (under its name, under its hash)."""
+    def folder(self):
         from huggingface_hub.file_download import repo_folder_name
 
-        folder = cache() / repo_folder_name(repo_id=self.name, repo_type="dataset")
-        by_hash = folder / "blobs" / (file.lfs.sha256 if file.lfs else file.blob_id)
-        return folder / "snapshots" / self.commit / file.rfilename, by_hash
+        return cache() / repo_folder_name(repo_id=self.name, repo_type="dataset")
+
+    def path(self, file):
+        """Where huggingface_hub's cache has a file under its name."""
+        return self.folder() / "snapshots" / self.commit / file.rfilename
+
+    def place(self, file):
+        """Where the cache keeps its bytes: by checksum, or under its name if links do not work."""
+        from huggingface_hub.file_download import are_symlinks_supported
+
+        links = are_symlinks_supported(cache())
+        return self.folder() / "blobs" / checksum(file) if links else self.path(file)
 
     def missing(self, files):
         """The bytes of these files that the cache lacks."""
-        places = ((file, *self.cached(file)) for file in files)
-        return sum(file.size - held(blob) for file, path, blob in places if not path.exists())
+        files = [file for file in files if size_of(self.path(file)) != file.size]
+        return sum(file.size - held(file.size, self.place(file)) for file in files)
 
     def download(self, file):
-        """Fetch a file into huggingface_hub's cache; return its path there."""
-        from huggingface_hub.file_download import are_symlinks_supported
+        """Fetch a file into the cache, unless it is there; return its path."""
         from huggingface_hub.utils import WeakFileLock
 
-        path, blob = self.cached(file)
-        lock = cache() / ".locks" / blob.parts[-3] / f"{blob.name}.lock"  # huggingface_hub's own
+        path = self.path(file)
+        if size_of(path) == file.size:
+            return path
+        # the lock that huggingface_hub takes, too
+        lock = cache() / ".locks" / self.folder().name / f"{checksum(file)}.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(lock):
-            if not path.exists():
-                self.fetch(file, blob)
+            self.fetch(file, place := self.place(file))
+            if size_of(path) != file.size:  # there is no link yet, or something else
                 path.parent.mkdir(parents=True, exist_ok=True)
-                if are_symlinks_supported(cache()):
-                    path.unlink(missing_ok=True)  # a link to a file that was deleted
-                    path.symlink_to(os.path.relpath(blob, path.parent))
-                else:
-                    os.replace(blob, path)
+                path.unlink(missing_ok=True)
+                path.symlink_to(os.path.relpath(place, path.parent))
         return path
 
     def fetch(self, file, path):
         """Fetch a file to `path`, unless it is there, going on from what is there of it."""
-        if path.exists():
+        if size_of(path) == file.size:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(incomplete(path), "ab+") as part:
@@ -70,13 +80,14 @@ class Dataset:
             part.flush()
             os.fsync(part.fileno())
             part.seek(0)
-            sha256 = hashlib.file_digest(part, "sha256").hexdigest()
-        if file.lfs and sha256 != file.lfs.sha256:
+            digest = hashlib.sha256() if file.lfs else hashlib.sha1(b"blob %d\0" % file.size)
+            found = hashlib.file_digest(part, lambda: digest).hexdigest()
+        if found != checksum(file):
             incomplete(path).unlink(missing_ok=True)
-            if begun:  # by another file, or a disk that lost power
+            if begun:  # with another file's bytes, or on a disk that lost power
                 return self.fetch(file, path)
-            wrong = f"came with another sha256 than {file.lfs.sha256}"
-            raise UserError(f"{file.rfilename} of {self.name} {wrong}: try again")
+            wrong = f"of {self.name} came with another checksum than {checksum(file)}"
+            raise UserError(f"{file.rfilename} {wrong}: try again, one run at a time")
         os.replace(incomplete(path), path)
 
     def receive(self, file, part):
@@ -87,20 +98,27 @@ class Dataset:
         from tqdm import tqdm
 
         url = hf_hub_url(self.name, file.rfilename, repo_type="dataset", revision=self.commit)
-        # of what is packed on the way no part can be asked for
+        # a range of compressed bytes would be of no use
         headers = build_hf_headers() | {"Accept-Encoding": "identity"}
-        for pause in (*PAUSES, None):
-            if part.seek(0, os.SEEK_END) > file.size:  # it is of no use
+        pauses, start = iter(PAUSES), -1
+        while True:
+            if part.seek(0, os.SEEK_END) > file.size:  # it is no part of this file
                 part.truncate(0)
-            size = dict(resume_size=part.seek(0, os.SEEK_END), expected_size=file.size)
+            if part.seek(0, os.SEEK_END) > start:
+                pauses, start = iter(PAUSES), part.tell()
+            size = dict(resume_size=part.tell(), expected_size=file.size)
             try:
                 return http_get(url, part, headers=headers, **size)
-            except Exception as error:  # its types differ between the versions of huggingface_hub
-                status = getattr(getattr(error, "response", None), "status_code", 500)
-                if not pause or status < 500 or getattr(error, "errno", None) in DISK:
+            except Exception as error:
+                if not may_pass(error) or not (pause := next(pauses, 0)):
                     raise
                 tqdm.write(f"{file.rfilename}: {reason(error)}: trying again in {pause} s")
-                time.sleep(pause)
+            time.sleep(pause)
+
+
+def checksum(file):
+    """What the hub says of a file's bytes: sha256 of a large one, git's sha1 of a small one."""
+    return file.lfs.sha256 if file.lfs else file.blob_id
 
 
 def cache():
@@ -110,13 +128,21 @@ def cache():
 
 
 def incomplete(path):
-    return path.with_name(f"{path.name}.incomplete")  # as huggingface_hub names it, too
+    return path.with_name(f"{path.name}.incomplete")
 
 
-def held(path):
-    """The bytes that are there of a file to be fetched."""
-    there = [p.stat().st_size for p in (path, incomplete(path)) if p.exists()]
-    return max(there, default=0)
+def size_of(path):
+    """Bytes of a file; -1 if there is none."""
+    try:
+        return path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return -1
+
+
+def held(size, *paths):
+    """The bytes that are there of a file of `size`, whole or in part, at any of these paths."""
+    sizes = [size_of(p) for path in paths for p in (path, incomplete(path))]
+    return max((n for n in sizes if 0 <= n <= size), default=0)
 
 
 def check_room(folder, size):
@@ -129,9 +155,17 @@ def check_room(folder, size):
         print(f"to fetch: {size} into {folder}; {free} are free", flush=True)
 
 
+def may_pass(error):
+    """Whether it is worth waiting: not for a wrong name, a login, a full disk or a bug."""
+    if status := getattr(getattr(error, "response", None), "status_code", None):
+        return status >= 500 or status in (408, 429)
+    network = isinstance(error, OSError) or type(error).__module__.startswith("httpx")
+    return network and getattr(error, "errno", None) not in DISK
+
+
 @contextlib.contextmanager
 def fetching(what):
-    """Make a UserError of whatever the network does inside."""
+    """Make a UserError of what goes wrong inside."""
     try:
         yield
     except Exception as error:  # its types differ between the versions of huggingface_hub

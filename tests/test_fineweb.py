@@ -26,6 +26,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import huggingface_hub.constants
 import numpy as np
 import pyarrow
@@ -1717,7 +1718,8 @@ class Hub(ThreadingHTTPServer):
         name, data = path.relative_to(self.folder).as_posix(), path.read_bytes()
         sha256 = self.sums.get(name, hashlib.sha256(data).hexdigest())
         lfs = dict(sha256=sha256, size=len(data), pointerSize=1)
-        about = dict(rfilename=name, size=len(data), blobId=hashlib.sha1(data).hexdigest())
+        sha1 = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()  # git's
+        about = dict(rfilename=name, size=len(data), blobId=self.sums.get(name, sha1))
         return about | (dict(lfs=lfs) if path.suffix in self.large else {})
 
 
@@ -1997,7 +1999,9 @@ def test_pretokenized_shard_with_another_sha256_gets_no_name(hub, tmp_path):
     fill_with_shards(hub)
     prepare_hub(tmp_path / "whole", source="pretokenized")
     hub.sums["finewebedu_train_000002.bin"] = "0" * 64
-    says = f"finewebedu_train_000002.bin of .* came with another sha256 than {'0' * 64}: try again"
+    says = (
+        f"finewebedu_train_000002.bin of .* came with another checksum than {'0' * 64}: try again"
+    )
     with pytest.raises(UserError, match=says):
         prepare_hub(tmp_path / "out", source="pretokenized")
     out = tmp_path / "out"
@@ -2095,7 +2099,9 @@ def test_left_part_of_another_file_is_thrown_away(hub, tmp_path):
 
 def test_file_that_comes_otherwise_twice_is_not_taken(hub, tmp_path):
     hub.sums["x.bin"] = "0" * 64
-    with pytest.raises(UserError, match=r"x.bin of me/mine came with another sha256 than 0+: try"):
+    with pytest.raises(
+        UserError, match=r"x.bin of me/mine came with another checksum than 0+: try"
+    ):
         fetch_again(hub, tmp_path / "x", b"1" * 60)
     assert not list(tmp_path.glob("x*"))
 
@@ -2119,6 +2125,41 @@ def test_hub_that_fails_for_a_while_is_waited_for(hub, tmp_path, monkeypatch, ca
     assert waited == [11, 22] and hub.starts == {"x.bin": [60]}
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2 and re.match("x.bin: Server error '500 .*: trying again in 11 s", said[0])
+
+
+def test_hub_that_sends_something_each_time_is_not_waited_for_longer(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(fineweb.hub, "PAUSES", (11, 22))
+    waited, sizes = [], iter((30, 30, 0, 30, 0, 0, 0))
+
+    def reset(url, part, **_):
+        part.write(bytes(next(sizes)))
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(fineweb.hub.time, "sleep", waited.append)
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", reset)
+    with pytest.raises(UserError, match="Connection reset by peer"):
+        fetch_again(hub, tmp_path / "x", b"")
+    assert waited == [11, 11, 11, 22, 11, 22] and not list(sizes)
+
+
+def answer(status):
+    return SimpleNamespace(response=SimpleNamespace(status_code=status))
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (ConnectionResetError(104, "reset"), True),
+        (OSError("Consistency check failed"), True),
+        (httpx.ConnectTimeout("slow"), True),
+        (ValueError("too large"), False),
+        (TypeError("another version"), False),
+        (OSError(errno.ENOSPC, "full"), False),
+        *((answer(status), status != 404) for status in (404, 408, 429, 503)),
+    ],
+)
+def test_what_may_pass_is_waited_for(error, passes):
+    assert fineweb.hub.may_pass(error) == passes
 
 
 def test_hub_that_refuses_is_not_asked_again(hub, tmp_path, monkeypatch):
@@ -2164,7 +2205,7 @@ def test_parquet_with_another_sha256_does_not_stay(hub, tmp_path):
     fill_with_parquet(hub)
     hub.sums[SAMPLE[1]] = "0" * 64
     with pytest.raises(
-        UserError, match=f"001.parquet of .* came with another sha256 than {'0' * 64}"
+        UserError, match=f"001.parquet of .* came with another checksum than {'0' * 64}"
     ):
         prepare_hub(tmp_path / "out", shard_tokens=50)
     assert len(list((tmp_path / "cache").rglob("*.parquet"))) == 1
@@ -2228,6 +2269,54 @@ def test_file_that_cannot_be_fetched_ahead_is_told_when_it_is_needed(hub, tmp_pa
         prepare_hub(tmp_path / "out", shard_tokens=50)
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_file_that_was_cut_in_the_cache_is_fetched_anew(hub, tmp_path, monkeypatch, links):
+    monkeypatch.setattr("huggingface_hub.file_download.are_symlinks_supported", lambda *_: links)
+    fill_with_parquet(hub)
+    dataset = fineweb.hub.Dataset("me/mine", "main")
+    [file] = [file for file in dataset.files if file.rfilename == SAMPLE[0]]
+    os.truncate(dataset.download(file), 100)
+    assert dataset.missing([file]) == file.size - 100
+    assert dataset.download(file).read_bytes() == (hub.folder / SAMPLE[0]).read_bytes()
+    assert hub.fetched == SAMPLE[:1] * 2
+
+
+def test_half_file_under_a_name_of_the_cache_is_replaced_by_a_link(hub, tmp_path):
+    fill_with_parquet(hub)
+    dataset = fineweb.hub.Dataset("me/mine", "main")
+    [file] = [file for file in dataset.files if file.rfilename == SAMPLE[0]]
+    path = dataset.path(file)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"half")
+    assert dataset.download(file).read_bytes() == (hub.folder / SAMPLE[0]).read_bytes()
+    assert path.is_symlink()
+
+
+def test_cache_that_has_the_file_is_not_written_to(hub, tmp_path, monkeypatch):
+    fill_with_parquet(hub)
+    prepare_hub(tmp_path / "out", shard_tokens=50)
+    monkeypatch.setattr("huggingface_hub.utils.WeakFileLock", None)
+    monkeypatch.setattr("huggingface_hub.file_download.are_symlinks_supported", None)
+    prepare_hub(tmp_path / "again", shard_tokens=50)
+    assert hub.fetched == SAMPLE
+
+
+@pytest.mark.parametrize("name", ["../x.parquet", "/x.parquet", "a/../../x.parquet"])
+def test_name_that_leads_out_of_the_dataset_is_refused(hub, tmp_path, monkeypatch, name):
+    info = SimpleNamespace(sha="0", siblings=[SimpleNamespace(rfilename=name, size=1, lfs=None)])
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: info)
+    with pytest.raises(UserError, match=r"me/mine has a file outside itself, .*x.parquet: do not"):
+        prepare_hub(tmp_path / "out", dataset="me/mine")
+
+
+def test_small_file_with_another_checksum_is_not_taken(hub, tmp_path):
+    hub.large = ()
+    fill_with_shards(hub)
+    hub.sums["finewebedu_train_000002.bin"] = "0" * 40
+    with pytest.raises(UserError, match=r"000002.bin of .* came with another checksum than 0{40}:"):
+        prepare_hub(tmp_path / "out", source="pretokenized")
+
+
 def test_run_waits_for_what_it_fetches_ahead_though_locks_do_nothing(hub, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.utils.WeakFileLock", lambda _: contextlib.nullcontext())
     fill_with_parquet(hub)
@@ -2283,12 +2372,15 @@ def test_what_is_there_of_a_file_needs_no_more_room(hub, tmp_path):
     files = [file for file in dataset.files if file.lfs]
     whole = dataset.missing(files)
     assert whole == sum(file.size for file in files)
-    _, blob = dataset.cached(files[0])
+    blob = dataset.place(files[0])
     blob.parent.mkdir(parents=True)
     blob.with_name(f"{blob.name}.incomplete").write_bytes(bytes(100))
     assert dataset.missing(files) == whole - 100
     dataset.download(files[1])
     assert dataset.missing(files) == whole - 100 - files[1].size
+    blob.with_name(f"{blob.name}.incomplete").write_bytes(bytes(files[0].size + 1))  # of no use
+    assert dataset.missing(files) == whole - files[1].size
+    blob.with_name(f"{blob.name}.incomplete").write_bytes(bytes(100))
     dataset.commit = "0" * 40  # which has the same files
     assert dataset.missing(files) == whole - 100 - files[1].size
 
