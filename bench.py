@@ -278,7 +278,7 @@ def own_side(cfg, runtime, shards, closing, waits):
 
 @contextlib.contextmanager
 def watch_memory(runtime):
-    """Yield a list that gets the most bytes held at once of those allocated meanwhile."""
+    """Yield a list that gets the peak, in bytes, of what is allocated inside the block."""
     peak = []
     if runtime.device.type == "cuda":
         x = torch.ones(8, 8, device=runtime.device, requires_grad=True)
@@ -778,9 +778,9 @@ def bench_sample(options):
 
 @dataclass(frozen=True)
 class AllOptions:
-    minutes: float = 9.5  # no part goes on longer: the most telling come first
+    minutes: float = 9.5  # for all parts together; the most telling come first
     parts: tuple[str, ...] = ()  # of these alone, in this order; none: all
-    small: bool = False  # a rehearsal that a CPU can do: the tiny config for GPT-2 (124M)
+    small: bool = False  # a rehearsal for a CPU: the tiny config instead of GPT-2 (124M)
     data: str = ""  # a hellaswag_val.jsonl at hand; "" = the original, fetched once (12 MB)
     json: str = "bench.json"  # the figures; also written after each part
 
@@ -845,7 +845,7 @@ def run_part(command, seconds, path):
 
 
 def bench_all(options):
-    """everything that a GPU is needed to know, in ten minutes and one JSON"""
+    """all that takes a GPU to find out, in ten minutes and one JSON"""
     end, figures = time.perf_counter() + 60 * options.minutes, {}
     if unknown := [name for name in options.parts if name not in PARTS]:
         raise UserError(f"parts={unknown[0]} is none of {', '.join(PARTS)}")

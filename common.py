@@ -29,7 +29,7 @@ def run(main):
         main()
     except (UserError, *IN_THE_WAY) as error:
         if os.environ.get("RANK", "0") != "0":
-            # a mistake of all ranks ends rank 0, and with it this one before it repeats it
+            # if all ranks erred, rank 0 tells; torchrun ends this one before it repeats that
             time.sleep(3)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

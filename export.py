@@ -31,7 +31,7 @@ class Options:
 
 
 def find_kind(cfg):
-    """The model_type that computes the same; UserError with all that keeps it from the nearer."""
+    """The model_type that computes the same; else a UserError with what the nearer one lacks."""
     wrong = {}
     for model_type, kind in KINDS.items():
         values = {key: getattr(cfg, key) for key in kind.toggles}

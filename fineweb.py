@@ -141,13 +141,13 @@ class Options:
     source: Literal["fineweb-edu", "pretokenized", "local", "python-docs"] = "fineweb-edu"
     input: tuple[str, ...] = ()  # local: files, folders, globs: .txt .md .jsonl (.gz .zst) .parquet
     text_column: str = "text"  # the field of .jsonl lines and .parquet rows that holds the text
-    dataset: str = ""  # on Hugging Face; "" = HuggingFaceFW/fineweb-edu, kjj0/finewebedu10B-gpt2
-    subset: str = ""  # a folder of it, or how its files begin; "" = all; of FineWeb: sample/10BT
+    dataset: str = ""  # "" = HuggingFaceFW/fineweb-edu; pretokenized: kjj0/finewebedu10B-gpt2
+    subset: str = ""  # a folder of it, or a prefix of paths; "" = all; of FineWeb: sample/10BT
     revision: str = "main"  # of the dataset: a branch, tag or commit
     out_dir: str = ""  # "" = edu_fineweb10B, local_text or python_docs, by source
     shard_tokens: int = 100_000_000  # tokens a shard, 2 bytes each
-    val_tokens: int = 0  # the first tokens of the input; 0 = fineweb-edu: one shard, else 32,768
-    max_shards: int = 0  # training shards to make at most, of all ranks, beside validation; 0 = all
+    val_tokens: int = 0  # validation: the input's first; 0 = a shard of fineweb-edu, else 32,768
+    max_shards: int = 0  # most training shards, over all ranks, not counting validation; 0 = all
     processes: int = 0  # cores that tokenize; 0 = all
     tokenizer: Literal["auto", "gigatoken", "tiktoken"] = "auto"  # same tokens; auto = the faster
     verify: str | None = None  # a folder of shards to check against its manifest, nothing else
@@ -235,7 +235,7 @@ class Ranks:
             print(*args, **kwargs, flush=True)
 
     def files(self, sizes):
-        """The numbers of this rank's files: a run of them, about its part of all the bytes."""
+        """The indices of this rank's files: consecutive, with about its share of the bytes."""
         total, before, own = sum(sizes), 0, []
         for i, size in enumerate(sizes):
             if before * self.world // total == self.rank:
@@ -300,9 +300,9 @@ HELD_OUT = re.compile(r"(?<![a-z])(test|validation|valid|val|dev|eval)(?![a-z])"
 
 
 def in_subset(subset, files):
-    """The .parquet files of a folder or of FineWeb's configuration of that name, or that begin so.
+    """The .parquet files in a folder or FineWeb configuration `subset`, or whose paths begin so.
 
-    What is called test or validation is left out where there is more.
+    Those named test or validation are left out unless there are no others.
     """
     files = [file for file in files if file.rfilename.endswith(".parquet")]
     subset = subset.strip("/")
@@ -379,7 +379,7 @@ def encode_block(block, fast):
     return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
-# White space of which tiktoken's pattern makes one piece, but runs out of stack at a million of it
+# White space that tiktoken's pattern takes as one piece; a million of it overflows its stack
 SPACES = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{10000,}")
 
 
@@ -399,8 +399,8 @@ def encode(texts):
     return np.array(tokens, dtype=np.uint16)
 
 
-# What gigatoken 0.10 takes otherwise than tiktoken 0.14: 4,657 of the letters that Unicode 16 and
-# 17 added, which split the text around them. The reference decides.
+# Where gigatoken 0.10 splits text differently from tiktoken 0.14, the reference: at 4,657 of the
+# letters that Unicode 16 and 17 added. Texts with one of them go to tiktoken.
 DISPUTED = re.compile(
     "[\u088f\u0c5c\u0cdc\u1c89\u1c8a\ua7cb-\ua7f1\U00010000-\U0001d3ff"
     "\U0001d800-\U0001efff\U0001fb00-\U0001ffff\U0002a6de-\U0003ffff]"
@@ -475,7 +475,7 @@ class FastTokenizer:
                 self.gigatoken = gigatoken.Tokenizer.from_tiktoken(TABLE, **known)
                 self.worked = 0.0
             begin = time.thread_time()
-            # of its ways this one lets other threads run and gives one array
+            # of its methods this one releases the GIL and returns one array
             rows, _ = self.gigatoken.encode_batch_padded([marked], 0, parallel=False)
             self.worked += time.thread_time() - begin
         return rows[0].astype(np.uint16)
@@ -619,7 +619,7 @@ def write_shard(out_dir, number, tokens):
     with replacing(path) as temporary, open(temporary, "wb") as file:
         header = np.lib.format.header_data_from_array_1_0(tokens)
         np.lib.format.write_array_header_1_0(file, header)
-        file.write(tokens)  # np.save does not say that it was the disk
+        file.write(tokens)  # np.save's error would not name the disk
     return describe(path)
 
 
@@ -740,7 +740,7 @@ def locked(folder, ranks, new):
             if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 raise OSError("its lock was just deleted")
         except OSError:
-            message = f"another run is just making {folder}: let it end, or choose another"
+            message = f"another run is making {folder} now: let it end, or choose another"
             raise UserError(f"{message} --out_dir") from None
         try:
             yield

@@ -48,7 +48,7 @@ def find_dtype(name, device, say):
 
 
 def keep_memory():
-    """Let glibc's malloc keep what is freed: fresh pages each step cost a CPU 4 to 19% of it."""
+    """Let glibc's malloc keep what is freed: new pages take 4 to 16% of a step on a CPU."""
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # other C libraries have no mallopt
             libc = ctypes.CDLL(None)
@@ -115,7 +115,7 @@ def fit_micro_batch(model, B, block_size, runtime):
     held = [torch.empty_like(p) for p in model.parameters() for _ in range(to_come)]
     while runtime.sum(torch.tensor(fits())).item() < runtime.world:
         if B == 1:
-            raise UserError("memory is short for even one sequence: lower block_size or the model")
+            raise UserError("memory is short for even one sequence: lower block_size or n_layer")
         B //= 2
         model.zero_grad(set_to_none=True)
         forget_memory(runtime)
@@ -143,7 +143,7 @@ def choose_attention(cfg, runtime):
 
 
 def allow_attention(name):
-    """Leave scaled_dot_product_attention one kernel, and the plain one for what that cannot do."""
+    """Allow scaled_dot_product_attention one kernel (auto: all), and math where that cannot run."""
     kernels = {"flash": "flash", "cudnn": "cudnn", "efficient": "mem_efficient"}
     for kernel, its in kernels.items():
         getattr(torch.backends.cuda, f"enable_{its}_sdp")(name in ("auto", kernel))
@@ -151,7 +151,7 @@ def allow_attention(name):
 
 @contextlib.contextmanager
 def any_shape():
-    """Without cuDNN's attention unless it is all there is: it plans 0.03 to 0.4 s a new shape."""
+    """Without cuDNN's attention, if another is on: it plans for 0.03 to 0.4 s at each new shape."""
     cuda = torch.backends.cuda
     was = cuda.cudnn_sdp_enabled()
     cuda.enable_cudnn_sdp(was and not cuda.flash_sdp_enabled())

@@ -149,7 +149,7 @@ def predictions(model, tasks, device="cpu", rank=0, world=1, batch_tokens=0):
 
     model.features(tokens (R, T), position (R, T), mask (R, 1, T, T)) -> (R, T, C), and
     model.text_logits((n, C)) -> (n, V). Eval mode, no_grad and autocast are the caller's.
-    batch_tokens, 0 for what suits the device, sets speed and memory alone.
+    batch_tokens, 0 for what suits the device, only affects speed and memory.
     """
     from tqdm import tqdm
 
@@ -223,7 +223,7 @@ def collate(rows, device):
     That is row, column, target and ending (0 to 4R - 1), each (n,).
     """
     filled = np.zeros((3, len(rows), padded(max(row.inputs.shape[1] for row in rows))), np.int64)
-    for r, row in enumerate(rows):  # padding stands right of all that sees, and sees a context
+    for r, row in enumerate(rows):  # padding: at the right, seen by no token, sees the context
         filled[:, r, : row.inputs.shape[1]] = row.inputs
     r = np.repeat(range(len(rows)), [row.scored.shape[1] for row in rows])
     column, target, ending = np.concatenate([row.scored for row in rows], axis=1)

@@ -1,4 +1,4 @@
-"""Files of a Hugging Face dataset, fetched once: what was cut off goes on where it was.
+"""Files of a Hugging Face dataset, fetched once: a download that was cut off is resumed.
 
 huggingface_hub's own download starts a file over after a kill (its issue 4196). This one appends
 to the part that is there, then compares the whole file's checksum with the hub's.

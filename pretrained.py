@@ -93,7 +93,7 @@ class Kind(NamedTuple):
     sizes: dict  # keys of Config: their names in config.json
     toggles: dict  # what the other keys of Config have to be
     computed: Callable  # sizes -> what the other keys of config.json have to be
-    defaults: dict  # what transformers takes a key to be that config.json lacks
+    defaults: dict  # what transformers assumes for keys that config.json lacks
     dropouts: list  # the names of dropout in config.json
     from_theirs: Callable  # (tensors, n_layer) -> the same by our names
     to_theirs: Callable  # the way back
@@ -165,7 +165,7 @@ KINDS = {
 def read(name):
     """A folder, one of OPENAI, owner/name -> (what it decides of Config, its tensors as in GPT).
 
-    UserError where it is neither, cannot be fetched, or is what GPT does not compute.
+    UserError if it is none of these, cannot be fetched, or is not what GPT computes.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -1,6 +1,6 @@
 """Files and documents to Blocks of texts, from any place in them on: the input of fineweb.py.
 
-Nothing is parsed here but by `Block.load`, which whoever tokenizes the texts calls.
+Parsing is left to `Block.load`, which is called by the thread or process that tokenizes.
 """
 
 import ast
@@ -128,7 +128,7 @@ def file_kind(path):
 
 
 def read_file(path, column, skip):
-    """Yield the Blocks of a file from `skip` on: a .txt or .md is a document, a line or row is."""
+    """Yield a file's Blocks from `skip` on: a .txt or .md, a line, or a row is one document."""
     try:
         yield from READERS[file_kind(path)](path, column, skip)
     except OSError as error:

@@ -24,7 +24,7 @@ def expect_restarts(folder):
 
 
 def restarted(folder):
-    """Whether torchrun --max-restarts starts again, after a rank died, the run of this folder."""
+    """Whether torchrun --max-restarts is restarting this folder's run after a rank died."""
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     mark = folder / RESTARTS
     return again and mark.exists() and mark.read_text() == os.environ["TORCHELASTIC_RUN_ID"]

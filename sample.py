@@ -78,9 +78,9 @@ def load_text_model(name, device="cpu"):
 
 
 def by_columns(model):
-    """Turn the head over in memory: a CPU multiplies one row by it up to four times as fast so.
+    """Store the head transposed: MKL then multiplies one row by it up to four times as fast.
 
-    That is MKL's doing, in float32; in bfloat16, and for many rows, it makes no difference.
+    That is so in float32 on a CPU; in bfloat16, and for many rows, it makes no difference.
     """
     if (head := model.lm_head.weight).device.type == "cpu":
         head.data = head.t().contiguous().t()
@@ -117,7 +117,7 @@ class GraphedStep:
 
 
 def best_step(device, step=next_logits):
-    """A `step` for generate(): made for one batch of one prompt's samples."""
+    """A `step` for one call of generate(): its graph holds that call's cache."""
     return GraphedStep(step) if device.type == "cuda" else step
 
 

@@ -45,7 +45,7 @@ def open_trackers(cfg, folder, step):
 
 
 class Tracker:
-    """What a run writes to; the first error of what is behind it is a warning and its end."""
+    """A Wandb or TensorBoard; its first error is printed as a warning and turns it off."""
 
     def __init__(self, kind, *args):
         self.name = kind.__name__

@@ -1,4 +1,4 @@
-"""Train GPT-2 (124M) from scratch, in one file.
+"""Train GPT-2 (124M) from scratch: model to loop in one file.
 
     python fineweb.py --source=python-docs               # a small corpus that needs no download
     python train_gpt2.py configs/tiny.toml               # a 7M model on it: minutes on a laptop
@@ -69,7 +69,7 @@ class Config:
     qk_norm: bool = False  # RMS-normalize queries and keys: steadier at high learning rates
     logit_softcap: float = 0.0  # bound logits to +-cap by tanh; 0 = off
     dropout: float = 0.0  # 0 when data is plenty; 0.1 for many epochs of little text
-    init_from: str = ""  # gpt2 (or -medium, -large, -xl), folder or .pt: decides the keys above
+    init_from: str = ""  # gpt2[-medium|-large|-xl], folder, .pt: sets all above except dropout
     # data and batch
     data_dir: str = "edu_fineweb10B"  # folder of token shards (python fineweb.py makes it)
     shuffle: bool = True  # visit the windows of an epoch in random order
@@ -103,14 +103,14 @@ class Config:
     wandb_run_name: str = ""  # the run's name there; "" = run_name
     tensorboard: bool = False  # also write TensorBoard's event files into the run's folder
     log_norms: bool = False  # also log gradient norms and update sizes by kind of layer
-    resume: bool = False  # continue the run's newest checkpoint, or start where there is none
+    resume: bool = False  # continue from the run's newest checkpoint; if none, start anew
     # system
     device: str = "auto"  # auto | cuda | mps | cpu
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of matrix products
     attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"  # SDPA's kernel
     gradient_checkpointing: bool = False  # keep no activations inside blocks: less memory, slower
     loss_chunks: int = 0  # parts whose logits are made one at a time; 0 = 8,192 tokens each
-    compile_model: bool = True  # torch.compile: minutes at the start, then about twice the speed
+    compile_model: bool = True  # torch.compile: up to minutes at the start, then faster steps
     rank_timeout: int = 600  # seconds that a rank waits for the others before the run ends
 
 
@@ -159,7 +159,7 @@ def validate(cfg):
         f"sample_prompt={c.sample_prompt!r} needs GPT-2's ids; try --sample_prompt=":
             c.sample_prompt and not gpt2,
         "eval_only=True needs a model; try --init_from=gpt2": c.eval_only and not c.init_from,
-        f"run_name={c.run_name!r} is not one folder's name; log_dir says where it goes":
+        f"run_name={c.run_name!r} must be a single folder name; its place is set by log_dir":
             Path(c.run_name).name != c.run_name or c.run_name == "..",
     }  # fmt: skip
     if wrong := [what for what, holds in rules.items() if holds]:
@@ -195,7 +195,7 @@ class Runtime:
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.set_device(self.device)
-            # float32 asked for by name stays float32, else what is left of it may be TF32
+            # dtype=float32 means just that; otherwise the products left in float32 may use TF32
             torch.set_float32_matmul_precision("highest" if dtype == "float32" else "high")
         else:
             keep_memory()
@@ -206,9 +206,9 @@ class Runtime:
             self.meet(how, timedelta(seconds=timeout))
 
     def meet(self, how, timeout):
-        """Join the other ranks; after a restart in a part of torchrun's store that is new.
+        """Join the other ranks; after a restart, under a new prefix of torchrun's store.
 
-        The store still holds the addresses of the group before, which nobody answers.
+        The store still holds the addresses of the previous group, where nobody answers.
         """
         if life := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
             server = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -256,9 +256,9 @@ class Runtime:
         new = "forward_sync_buffers" in inspect.signature(ddp).parameters  # from torch 2.13 on
         constant = {"forward_sync_buffers" if new else "broadcast_buffers": False}
         model = ddp(model, device_ids=gpu, gradient_as_bucket_view=True, **constant)
-        # compiled before it was wrapped, as one graph, no reduction would start before its end
+        # compiled before wrapping, it is one graph, and reductions could only start at its end
         torch.compiler.reset()
-        # a first pass settles DDP's order of summation: without it a resumed run has another
+        # DDP fixes its bucket order after a first pass; without it a resumed run sums differently
         idx = torch.zeros(B, T, dtype=torch.long, device=self.device)
         with self.autocast():
             model(idx, idx).backward()
@@ -371,8 +371,8 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
-def replace_by_slope(logits, targets, cap):
-    """Summed cross-entropy of logits (n, V), which it caps; in their place comes its gradient."""
+def overwrite_by_gradient(logits, targets, cap):
+    """Summed cross-entropy of logits (n, V), soft-capped by cap; its gradient overwrites them."""
     z, own = logits.float(), targets[:, None]
     if cap:
         z = cap * torch.tanh(z / cap)
@@ -389,8 +389,8 @@ def replace_by_slope(logits, targets, cap):
 class HeadLoss(torch.autograd.Function):
     """Features x (n, C), head (V, C), targets (n,) -> mean cross-entropy in nats.
 
-    The gradients are made together with the loss, so that neither logits nor softmax outlive it,
-    and with chunks > 1 they never exist whole. Liger-Kernel does so in Triton (arXiv 2410.10989).
+    The forward pass computes the gradients, too, so that it keeps neither logits nor softmax, and
+    with chunks > 1 they never exist whole. Liger-Kernel does so in Triton (arXiv 2410.10989).
     """
 
     @staticmethod
@@ -412,12 +412,12 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def of_logits(logits, targets, cap):
-        """replace_by_slope, by as many rows as a cache holds; compiled, a kernel does so anyway."""
+        """overwrite_by_gradient, for as many rows at a time as fit a cache; compiled, for all."""
         if torch.compiler.is_compiling():
-            return replace_by_slope(logits, targets, cap)
+            return overwrite_by_gradient(logits, targets, cap)
         rows = (2**21 if logits.device.type == "cpu" else 2**26) // logits.size(1) + 1
         parts = zip(logits.split(rows), targets.split(rows), strict=True)
-        return sum(replace_by_slope(*part, cap) for part in parts)
+        return sum(overwrite_by_gradient(*part, cap) for part in parts)
 
     @staticmethod
     def backward(ctx, grad):
@@ -526,7 +526,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name):
-        """OpenAI's gpt2[-medium|-large|-xl], or a Hugging Face folder of the same kind."""
+        """OpenAI's gpt2[-medium|-large|-xl], or a GPT-2 or Llama on Hugging Face or in a folder."""
         sizes, weights = pretrained.read(name)
         model = cls(Config(**sizes))
         try:
@@ -537,7 +537,7 @@ class GPT(nn.Module):
 
 
 def load_model(name, device="cpu"):
-    """A checkpoint, a Hugging Face folder or gpt2[-medium|-large|-xl] -> GPT, not training."""
+    """A checkpoint (.pt), or what GPT.from_pretrained takes -> GPT in evaluation mode."""
     model = GPT.from_checkpoint(name) if str(name).endswith(".pt") else GPT.from_pretrained(name)
     return model.to(device)
 
@@ -548,7 +548,7 @@ def load_model(name, device="cpu"):
 class KVCache:
     """Keys and values of the tokens seen so far, so that each new token costs one position.
 
-    `features` says where its tokens stand, and how many of the first `keys` they may see.
+    `features` sets `position`, where new tokens go, and `keys`, how many slots are read.
     """
 
     def __init__(self, size):
@@ -591,7 +591,7 @@ def sample_token(logits, seen, how, generator):
         score, penalty = logits.gather(1, seen), how.repetition_penalty
         less = torch.where(score < 0, score * penalty, score / penalty)
         logits = logits.scatter(1, seen, less)
-    if how.temperature < 1e-6:  # what divides by less has no numbers
+    if how.temperature < 1e-6:  # greedy; dividing by so little would overflow
         return logits.argmax(-1, keepdim=True)
     logits, most = logits / how.temperature, logits.size(-1)
     if how.top_k:
@@ -707,8 +707,8 @@ class TokenShards:
         tokens = np.stack([self.read(int(start), cfg.block_size + 1) for start in starts])
         if tokens.max() >= cfg.vocab_size:  # on a GPU it would end in a device assert
             raise UserError(
-                f"{cfg.data_dir}/ holds token id {tokens.max()}, vocab_size={cfg.vocab_size} has "
-                "none: shards and config are of different tokenizers"
+                f"{cfg.data_dir}/ holds token id {tokens.max()}, vocab_size={cfg.vocab_size} is "
+                "too small: shards and config are for different tokenizers"
             )
         return torch.from_numpy(tokens.astype(np.int64))
 
@@ -798,7 +798,7 @@ class Loader:
 
 @contextlib.contextmanager
 def evaluating(model, runtime):
-    """No gradients, no dropout, the training precision. (inference_mode would keep no casts.)"""
+    """No gradients or dropout, training precision. (In inference_mode autocast caches no casts.)"""
     model.eval()
     with torch.no_grad(), runtime.autocast(), hardware.any_shape():
         yield
@@ -919,8 +919,8 @@ class RunLog:
         except FileExistsError:
             raise UserError(f"{folder}/ was taken by another run just now: start again") from None
         self.file.write("\n" if torn else "")  # a kill may have left half a line
-        for left in folder.glob(".*.tmp"):
-            left.unlink()  # by a kill in the middle of a checkpoint
+        for temporary in folder.glob(".*.tmp"):
+            temporary.unlink()  # left by a kill in the middle of a checkpoint
         runs.expect_restarts(folder)
         with replacing(folder / "config.toml") as temporary:
             temporary.write_text(to_toml(model.cfg), encoding="utf-8")
@@ -963,7 +963,7 @@ class RunLog:
                 old.unlink()
 
     def write_checkpoint(self, name, state, more):
-        """Weights, config, step, best loss and `more`, whole or not at all -> was there room?"""
+        """Weights, config, step, best loss and `more`, whole or not at all -> is it written?"""
         if not self.file:
             return False
         content = {"model": state.model.state_dict(), "config": asdict(state.model.cfg)}
@@ -996,7 +996,7 @@ def due(step, interval, last):
 
 
 def largest_micro_batch(cfg, runtime):
-    """The largest power of two, up to 64, that divides a rank's share of the optimizer step."""
+    """The largest power of two, up to 64 (CPU: 4), that divides a rank's share of a step."""
     cpu, tokens = runtime.device.type == "cpu", cfg.block_size * runtime.world
     most = 4 if cpu else 64  # short of memory, Linux kills the process: nothing could be caught
     if cfg.grad_accum_steps:
@@ -1010,7 +1010,7 @@ def largest_micro_batch(cfg, runtime):
 def train_step(model, state, batches, micro_steps, lr, runtime, stop=False, norms=None):
     """One optimizer step -> (mean loss, gradient norm before clipping, whether any rank must stop).
 
-    A non-finite loss or norm skips the update, on every rank alike. `norms` looks on.
+    A non-finite loss or norm skips the update, on every rank alike. `norms` records it.
     """
     cfg = state.model.cfg
     torch.manual_seed(int(random_words(cfg.seed, state.step, runtime.rank, n=1)[0]))  # dropout's
@@ -1044,7 +1044,7 @@ def train_step(model, state, batches, micro_steps, lr, runtime, stop=False, norm
 
 @contextlib.contextmanager
 def stop_on_signal():
-    """Yield whether SIGINT or SIGTERM came, to be asked; a second one ends the program at once."""
+    """Yield a function: has SIGINT or SIGTERM come? A second one ends the program at once."""
     asked = threading.Event()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -1140,7 +1140,7 @@ def train(cfg, runtime, check=False):
             if step > start and (regular or last or stop):
                 log.save(state)
             if due(step, cfg.eval_interval, last) and (last or not stop):
-                evaluate(state, val_shards, max(1, B // 2), log, runtime)  # eager takes more
+                evaluate(state, val_shards, max(1, B // 2), log, runtime)  # eager: more memory
             if last or stop:
                 break
             clock += time.perf_counter() - paused  # evaluating and saving is not training
@@ -1191,7 +1191,7 @@ def main():
         try:
             train(cfg, runtime, check)
         except torch.OutOfMemoryError:
-            remedy = "halve --micro_batch_size, which changes no result, and add --resume=True"
+            remedy = "halve --micro_batch_size, double grad_accum_steps if set, add --resume=True"
             raise UserError(f"rank {runtime.rank} is out of memory: {remedy}") from None
 
 

@@ -66,7 +66,7 @@ def new_figure(height):
 
 
 def paint(ax, weights):
-    """One hue from light to dark suits every eye, its square root shows small weights too."""
+    """One hue, light to dark, suits every eye; a square-root scale shows small weights too."""
     from matplotlib.colors import PowerNorm
 
     ax.set_facecolor("0.9")  # what is not painted: the future, and the gaps of the overview

@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # fineweb.py is one folder up
+sys.path.insert(0, str(Path(__file__).parents[1]))  # common.py is one folder up
 from common import UserError, command_line, replacing, run
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart (their yellow is too pale).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GPT2_LOSS = 3.2924  # OpenAI's GPT-2 (124M) on FineWeb-Edu's validation shard (build-nanogpt)
 GPT2_HELLASWAG = 0.2955  # acc_norm of the same model (build-nanogpt)
-GPT3_HELLASWAG = 0.337  # of GPT-3 (124M), in its paper
+GPT3_HELLASWAG = 0.337  # of GPT-3 Small (125M), in its paper
 GPT2_LINE = {"color": "0.3", "linestyle": "--", "linewidth": 1}
 GPT3_LINE = {"color": "0.3", "linestyle": ":", "linewidth": 1.3}
 GROUPS = dict(zip(("embedding", "attention", "mlp", "norm"), COLORS, strict=False))
