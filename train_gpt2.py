@@ -314,7 +314,8 @@ class CausalSelfAttention(nn.Module):
     def qkv(self, x, rope):
         """x (B, T, C) -> queries, keys, values (B, nh, T, hs), as the attention uses them."""
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        parts = self.c_attn(x).split(C, dim=2)  # its backward is one concatenation
+        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in parts)
         if self.qk_norm:
             q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
         if rope is not None:

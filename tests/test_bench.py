@@ -217,6 +217,20 @@ def test_out_of_memory_is_told_in_a_line(monkeypatch, figures):
         figures("sample")
 
 
+def test_weights_of_a_compiled_step_are_cast_once(tiny):
+    model = gpt.GPT(tiny)
+    idx = torch.arange(8)[None]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model.text_logits(model.features(idx))
+        cast = bench.weights_in(torch.bfloat16, model)
+        logits = cast.text_logits(cast.features(idx))
+    assert cast.lm_head.weight is cast.transformer.wte.weight
+    linear = [part for part in cast.modules() if isinstance(part, torch.nn.Linear)]
+    assert len(linear) > 4 and {part.weight.dtype for part in linear} == {torch.bfloat16}
+    assert cast.transformer.ln_f.weight.dtype == torch.float32
+    torch.testing.assert_close(logits, expected, atol=0.02, rtol=0.02)
+
+
 def test_peers_are_not_for_several_ranks(run_cli):
     done = run_cli("bench.py", "train", "--against=plain", "--device=cpu", launcher=TWO_RANKS)
     assert done.returncode and "against=plain compares on one rank" in done.stderr
