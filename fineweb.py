@@ -380,7 +380,10 @@ def encode_block(block, fast):
 
 
 # White space that tiktoken's pattern takes as one piece; a million of it overflows its stack
-SPACES = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{10000,}")
+ENDLESS = 10_000
+SPACES = re.compile(
+    f"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{{{ENDLESS},}}"
+)
 
 
 def encode(texts):
@@ -389,7 +392,9 @@ def encode(texts):
     for text in filter(None, texts):
         tokens.append(END_OF_TEXT)
         start = 0
-        for spaces in SPACES.finditer(text):
+        # a run of ENDLESS holds four of these letters in a row; to search all takes 7% more time
+        endless = re.search(r"\s{4}", text[:: ENDLESS // 4])
+        for spaces in SPACES.finditer(text) if endless else ():
             begin, end = spaces.span()
             end -= end < len(text)  # the last goes with what follows
             tokens.extend(tokenizer().encode_ordinary(text[start:begin]))
@@ -542,18 +547,23 @@ def read_blocks(source, files, place):
             if skip and (not first or first.start != skip):
                 raise UserError(f"the text is not read as when its shards were begun: {ANEW}")
             if source.fetch and following:
-                fetch = functools.partial(quietly, source.fetch, following)
-                ahead = threading.Thread(target=fetch, daemon=True)  # if it ends, what it has stays
-                ahead.start()
+                ahead = start_fetching(source, following)
             for block in itertools.chain([first] if first else [], blocks):
                 share = (before + block.share * source.sizes[i]) / total
                 yield block._replace(file=i, share=share)
         before += source.sizes[i]
 
 
-def quietly(fetch, i):
-    with contextlib.suppress(UserError, OSError):  # who needs the file will be told
-        fetch(i)
+def start_fetching(source, i):
+    """Fetch a file in a thread that ends with the program: what it has of the file stays."""
+
+    def fetch():
+        with contextlib.suppress(UserError, OSError):  # who needs the file will be told
+            source.fetch(i)
+
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    return thread
 
 
 def counted(stream, options, ranks, source, done, most):

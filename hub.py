@@ -61,7 +61,8 @@ class Dataset:
         lock = cache() / ".locks" / self.folder().name / f"{checksum(file)}.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(lock):
-            self.fetch(file, place := self.place(file))
+            place = self.place(file)
+            self.fetch(file, place)
             if size_of(path) != file.size:  # there is no link yet, or something else
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.unlink(missing_ok=True)
@@ -104,11 +105,12 @@ class Dataset:
         while True:
             if part.seek(0, os.SEEK_END) > file.size:  # it is no part of this file
                 part.truncate(0)
-            if part.seek(0, os.SEEK_END) > start:
-                pauses, start = iter(PAUSES), part.tell()
-            size = dict(resume_size=part.tell(), expected_size=file.size)
+            size = part.seek(0, os.SEEK_END)
+            if size > start:
+                pauses, start = iter(PAUSES), size
             try:
-                return http_get(url, part, headers=headers, **size)
+                sizes = dict(resume_size=size, expected_size=file.size)
+                return http_get(url, part, headers=headers, **sizes)
             except Exception as error:
                 if not may_pass(error) or not (pause := next(pauses, 0)):
                     raise

@@ -460,6 +460,7 @@ def test_endless_white_space_is_encoded_as_the_pattern_has_it(monkeypatch, space
     texts = ["a" + spaces * 40 + end, spaces * 9 + end, f"{spaces * 7}'s{spaces * 8} d"]
     expected = reference(texts)
     monkeypatch.setattr(fineweb, "SPACES", re.compile(fineweb.SPACES.pattern.replace("10000", "5")))
+    monkeypatch.setattr(fineweb, "ENDLESS", 5)
     assert fineweb.encode(texts).tolist() == expected
 
 
@@ -2268,12 +2269,16 @@ def test_file_that_cannot_be_fetched_ahead_is_told_when_it_is_needed(hub, tmp_pa
         prepare_hub(tmp_path / "out", shard_tokens=50)
 
 
+def first_of_sample(hub):
+    fill_with_parquet(hub)
+    dataset = fineweb.hub.Dataset("me/mine", "main")
+    return dataset, next(file for file in dataset.files if file.rfilename == SAMPLE[0])
+
+
 @pytest.mark.parametrize("links", [True, False])
 def test_file_that_was_cut_in_the_cache_is_fetched_anew(hub, tmp_path, monkeypatch, links):
     monkeypatch.setattr("huggingface_hub.file_download.are_symlinks_supported", lambda *_: links)
-    fill_with_parquet(hub)
-    dataset = fineweb.hub.Dataset("me/mine", "main")
-    [file] = [file for file in dataset.files if file.rfilename == SAMPLE[0]]
+    dataset, file = first_of_sample(hub)
     os.truncate(dataset.download(file), 100)
     assert dataset.missing([file]) == file.size - 100
     assert dataset.download(file).read_bytes() == (hub.folder / SAMPLE[0]).read_bytes()
@@ -2281,9 +2286,7 @@ def test_file_that_was_cut_in_the_cache_is_fetched_anew(hub, tmp_path, monkeypat
 
 
 def test_half_file_under_a_name_of_the_cache_is_replaced_by_a_link(hub, tmp_path):
-    fill_with_parquet(hub)
-    dataset = fineweb.hub.Dataset("me/mine", "main")
-    [file] = [file for file in dataset.files if file.rfilename == SAMPLE[0]]
+    dataset, file = first_of_sample(hub)
     path = dataset.path(file)
     path.parent.mkdir(parents=True)
     path.write_bytes(b"half")
