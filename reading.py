@@ -326,7 +326,8 @@ def read_row_groups(file, path, column, skip):
     shares = np.cumsum([0, *sizes]) / max(1, sum(sizes))  # of its text that ends with a group
     first = sum(end <= skip for end in ends[1:])
     done, held, size = ends[first], [], 0
-    for batch in file.iter_batches(ROWS, row_groups=range(first, len(groups)), columns=[column]):
+    rest = dict(row_groups=range(first, len(groups)), columns=[column])
+    for batch in file.iter_batches(ROWS, **rest, use_threads=False):  # of one column they cost 20%
         texts = batch.column(0)[max(0, skip - done) :]
         held, size, done = [*held, texts], size + texts.nbytes, done + len(batch)
         if size >= BLOCK_BYTES or done == ends[-1]:
