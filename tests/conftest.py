@@ -1,5 +1,6 @@
 """What the tests share: a tiny config, its variants, token shards, and commands run as users do."""
 
+import io
 import json
 import os
 import subprocess
@@ -10,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tqdm
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import reading  # noqa: E402
 import runs  # noqa: E402
 import train_gpt2  # noqa: E402
 from common import to_toml  # noqa: E402
@@ -156,3 +159,24 @@ def write_toml(tmp_path):
         return name
 
     return write
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(reading, "STRETCH_BYTES", 20)
+    monkeypatch.setattr(reading, "LONG_BYTES", 50)
+    monkeypatch.setattr(reading, "ROWS", 2)
+
+
+@pytest.fixture
+def screen(monkeypatch):
+    """What the bars draw, as at a terminal."""
+
+    class Shown(tqdm.tqdm):
+        def __init__(self, *args, **keys):
+            super().__init__(*args, **keys | dict(disable=False, file=screen, mininterval=0))
+
+    screen = io.StringIO()
+    monkeypatch.setattr(tqdm, "tqdm", Shown)
+    return screen
