@@ -5,6 +5,7 @@ import errno
 import functools
 import hashlib
 import json
+import operator
 import os
 import random
 import re
@@ -22,6 +23,7 @@ from types import SimpleNamespace
 
 import httpx
 import huggingface_hub.constants
+import pyarrow
 import pytest
 from preparing import (
     ROOT,
@@ -680,22 +682,38 @@ def test_run_waits_for_what_it_fetches_ahead_though_locks_do_nothing(hub, tmp_pa
 
 
 @with_sigkill
-def test_ctrl_c_does_not_wait_for_what_is_fetched_ahead(hub, tmp_path):
-    fill_with_parquet(hub)
+def end_while_fetching_ahead(hub, tmp_path, stop=lambda process: None):
+    """(exit code, stderr) of a run that is waiting for a silent hub's second file."""
     hub.ends[SAMPLE[1]] = 400
     hub.hangs_up.clear()
     places = {"HF_ENDPOINT": hub.address, "HF_HUB_CACHE": str(tmp_path / "new")}
     options = Options(out_dir=str(tmp_path / "out"), shard_tokens=50)
-    line = [sys.executable, str(ROOT / "fineweb.py"), *flags(options)]
-    output = subprocess.PIPE
-    with subprocess.Popen(line, env=os.environ | places, stderr=output, text=True) as process:
+    small = "import fineweb, reading; reading.BLOCK_BYTES = 1; fineweb.run(fineweb.main)"
+    line = [sys.executable, "-c", small, *flags(options)]
+    how = dict(cwd=ROOT, env=os.environ | places, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(line, **how) as process:
         while SAMPLE[1] not in hub.fetched and process.poll() is None:
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        stop(process)
         errors = process.communicate(timeout=8)[1]  # it would ask again after 10
     hub.hangs_up.set()
-    assert process.returncode == 130 and errors.endswith("\ninterrupted\n")
-    assert "Traceback" not in errors
+    assert SAMPLE[1] in hub.fetched and "Traceback" not in errors
+    return process.returncode, errors
+
+
+def test_ctrl_c_does_not_wait_for_what_is_fetched_ahead(hub, tmp_path):
+    fill_with_parquet(hub)
+    interrupt = operator.methodcaller("send_signal", signal.SIGINT)
+    code, errors = end_while_fetching_ahead(hub, tmp_path, interrupt)
+    assert code == 130 and errors.endswith("\ninterrupted\n")
+
+
+def test_error_does_not_wait_for_what_is_fetched_ahead(hub, tmp_path):
+    fill_with_parquet(hub)
+    bad = pyarrow.array([b"good"] * 20 + [b"\xff"] + [b"good"] * 500).view(pyarrow.string())
+    write_parquet(hub.folder / SAMPLE[0], bad)
+    code, errors = end_while_fetching_ahead(hub, tmp_path)
+    assert code == 2 and "000.parquet, rows 17 to 32: Invalid UTF8" in errors
 
 
 def test_room_is_for_what_is_to_fetch_too_where_it_goes_to_the_same_disk(tmp_path, monkeypatch):
