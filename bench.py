@@ -51,8 +51,10 @@ from pretrained import KINDS
 from sample import best_step, by_columns
 
 NEEDED = 600_000  # tokens/s of training on one fast GPU, which the loader has to feed
+UTF8 = {"PYTHONUTF8": "1"}  # for commands whose output is read
 CPU = torch.profiler.ProfilerActivity.CPU
-SIZES = 10**6, 10**9, 10**12, 15 * 10**12  # tokens of the loader's holes
+# tokens of the loader's holes, which Windows fills
+SIZES = (10**6,) if os.name == "nt" else (10**6, 10**9, 10**12, 15 * 10**12)
 
 
 # ---------------------------------------------------------------- timing
@@ -514,7 +516,7 @@ def time_sparse(tokens, cfg, runtime, B):
     """Start-up, memory and a batch of so many tokens, in files that are nothing but a hole."""
     import tracemalloc
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows: in use
         each = 10**12  # tokens a file: file systems end at 16 TB
         for number, start in enumerate(range(0, tokens, each), 1):
             size = min(each, tokens - start)
@@ -599,7 +601,8 @@ def run_fineweb(options, folder, tokenizer, inputs):
         command = [sys.executable, fineweb.__file__, "--source=local", "--input", *inputs]
         command += [f"--out_dir={out_dir}", f"--tokenizer={tokenizer}"]
         command += [f"--{key}={getattr(options, key)}" for key in ("processes", "shard_tokens")]
-        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+        how = dict(capture_output=True, encoding="utf-8", env=os.environ | UTF8)
+        done = subprocess.run(command, **how)
         if done.returncode:
             raise UserError(done.stderr.strip().removeprefix("error: "))
         return Path(out_dir, fineweb.MANIFEST).read_bytes()
@@ -835,7 +838,7 @@ REHEARSAL = dict(
 
 def run_part(command, seconds, path):
     """A command's figures (or last lines), and how long it took; or why there are none."""
-    words, env, begin = shlex.split(command), dict(os.environ), time.perf_counter()
+    words, env, begin = shlex.split(command), os.environ | UTF8, time.perf_counter()
     while not words[0].endswith(".py"):
         key, _, env[key] = words.pop(0).partition("=")
     words += [f"--json={path}"] if words[0] == "bench.py" else []
@@ -908,10 +911,8 @@ def main():
     for key, value in asdict(options).items():
         if key in AT_LEAST_ONE and value < 1:
             raise UserError(f"{key}={value} must be 1 or more")
-    try:
+    with hardware.out_of_memory(name, "halve --micro_batch_size or --batch"):
         figures = bench(options)
-    except torch.OutOfMemoryError:
-        raise UserError(f"{name} is out of memory: halve --micro_batch_size or --batch") from None
     if os.environ.get("RANK", "0") != "0":
         return
     show(figures if name != "all" else {key: figures[key] for key in ("failed", "left_out")})

@@ -19,6 +19,7 @@ class UserError(Exception):
 
 
 IN_THE_WAY = PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError
+HELD = (0.02, 0.1, 0.5) if os.name == "nt" else ()  # seconds that a virus scanner may hold a file
 DISK = [getattr(errno, name, 0) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS")]
 
 
@@ -87,6 +88,15 @@ def to_toml(options):
     return "".join(lines).replace("\x7f", "\\u007f")
 
 
+def move(source, target):
+    """os.replace; where another program holds a file for a moment, again."""
+    for pause in HELD:
+        with contextlib.suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(pause)
+    os.replace(source, target)
+
+
 @contextlib.contextmanager
 def replacing(path):
     """Yield a temporary path beside `path`; fsync and rename it there if the block succeeds."""
@@ -96,7 +106,7 @@ def replacing(path):
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        move(temporary, path)
     except OSError as error:
         if error.errno in DISK:
             error.filename = error.filename or str(path)

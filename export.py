@@ -18,7 +18,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from common import UserError, check_disk, command_line, run, to_toml
+from common import UserError, check_disk, command_line, move, run, to_toml
 from fineweb import END_OF_TEXT, TABLE
 from pretrained import KINDS
 from train_gpt2 import VOCABULARY, load_model, read_checkpoint
@@ -159,7 +159,7 @@ def new_folder(path):
                 os.fsync(opened.fileno())
         if path.exists():
             path.rmdir()  # Windows renames over nothing, not even over an empty folder
-        temporary.rename(path)
+        move(temporary, path)
     except OSError as error:
         raise UserError(f"out_dir={path} could not be written: {error}") from None
     finally:

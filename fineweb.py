@@ -47,7 +47,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 import hub
 import reading
-from common import UserError, check_disk, command_line, replacing, run
+from common import UserError, check_disk, command_line, move, replacing, run
 from reading import PIECE, bounds, count, large_strings, local_files
 
 TABLE = Path(__file__).parent / "assets" / "gpt2.tiktoken"  # `<token in base64> <id>` a line
@@ -684,10 +684,10 @@ def fetch_shard(options, dataset, file, name):
     path.parent.mkdir(exist_ok=True)
     for there in (final, path):  # whole, but a kill came before it was noted
         if there.exists():
-            os.replace(there, hub.incomplete(path))
+            move(there, hub.incomplete(path))
     dataset.fetch(file, path)
     entry = describe(path)
-    os.replace(path, final)
+    move(path, final)
     return entry
 
 

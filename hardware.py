@@ -18,11 +18,13 @@ from common import UserError, check_disk
 PACKAGES = ("torch", "numpy", "tiktoken", "gigatoken", "pyarrow")  # whose versions decide
 
 
-def find_device(name):
+def find_device(name, say):
     """auto -> this rank's GPU, else MPS, else CPU."""
     gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if gpus else "mps" if mps else "cpu"
+        if name == "cpu" and not torch.version.cuda and shutil.which("nvidia-smi"):
+            say("an NVIDIA driver is here, but this torch is for CPUs: see pytorch.org")
     if not {"cuda": gpus, "mps": mps, "cpu": True}.get(name):
         raise UserError(f"device={name} is not to be had here; try --device=auto")
     if name == "cuda" and (ranks := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > gpus:
@@ -47,9 +49,15 @@ def find_dtype(name, device, say):
     return torch.float32
 
 
-def keep_memory():
-    """Let glibc's malloc keep what is freed: new pages take 4 to 16% of a step on a CPU."""
-    if sys.platform == "linux":
+def prepare_memory(device):
+    """Where no torch option does it: allocate fast on a CPU, and never more than a GPU has."""
+    if device.type == "mps":
+        torch.mps.set_per_process_memory_fraction(1.0)  # not 1.7, which swaps
+    elif device.type == "cuda" and sys.platform == "win32":  # whose driver swaps, too
+        free, total = torch.cuda.mem_get_info(device)
+        torch.cuda.set_per_process_memory_fraction(0.95 * free / total, device)
+    elif device.type == "cpu" and sys.platform == "linux":
+        # glibc's malloc keeps what is freed: new pages take 4 to 16% of a step
         with contextlib.suppress(AttributeError):  # other C libraries have no mallopt
             libc = ctypes.CDLL(None)
             libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped, hence unmapped, by itself
@@ -58,13 +66,15 @@ def keep_memory():
 
 def compile_obstacle(device):
     """Why torch.compile cannot work here, or nothing."""
-    cuda, compilers = device.type == "cuda", (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")
+    cuda, windows = device.type == "cuda", sys.platform == "win32"
+    others = ("cl",) if windows else ("c++", "g++", "clang++")  # which inductor takes there
+    compilers = [os.environ["CXX"]] if "CXX" in os.environ else others
     header = Path(sysconfig.get_path("include"), "Python.h")
     obstacles = {
         "it is not ready for MPS": device.type == "mps",
         "needs capability 7.0": cuda and torch.cuda.get_device_capability(device) < (7, 0),
         "the triton package is missing": cuda and not importlib.util.find_spec("triton"),
-        "no C++ compiler; install gcc or clang": not any(map(shutil.which, compilers)),
+        f"no C++ compiler, {' or '.join(compilers)}": not any(map(shutil.which, compilers)),
         "no Python.h; install this Python's development package": not header.exists(),
     }
     return next((why for why, there in obstacles.items() if there), "")
@@ -87,11 +97,25 @@ def peak_flops(device, dtype):
     return next((peak for part, peak in PEAK_FLOPS.items() if words.issuperset(part.split())), 0.0)
 
 
+@contextlib.contextmanager
+def out_of_memory(who, remedy):
+    """Make a UserError of a device's lack of memory: of two kinds, as MPS has no class for it."""
+    try:
+        yield
+    except RuntimeError as error:
+        told = ("MPS backend out of memory", "Invalid buffer size")
+        if not isinstance(error, torch.OutOfMemoryError) and not str(error).startswith(told):
+            raise
+        raise UserError(f"{who} is out of memory: {remedy}") from None
+
+
 def forget_memory(runtime):
     """Give cached memory back and count the peak anew."""
     if runtime.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    elif runtime.device.type == "mps":
+        torch.mps.empty_cache()
 
 
 def fit_micro_batch(model, B, block_size, runtime):
@@ -100,15 +124,14 @@ def fit_micro_batch(model, B, block_size, runtime):
         return B  # short of memory, Linux kills the process: nothing could be caught
 
     def fits():
-        try:
+        with contextlib.suppress(UserError), out_of_memory("it", ""):
             idx = torch.zeros(B, block_size + 1, dtype=torch.long, device=runtime.device)
             for _ in range(2):  # the second meets the first one's gradients
                 with runtime.autocast():
                     loss = model(idx[:, :-1], idx[:, 1:])
                 loss.backward()
             return 1.0
-        except torch.OutOfMemoryError:
-            return 0.0
+        return 0.0
 
     # to come: AdamW's two moments, and DDP's buckets beside gradients that accumulate
     to_come = 2 + (runtime.world > 1)
@@ -130,6 +153,13 @@ def versions():
     """{package: its version} of those that are installed."""
     found = {name: version(name) for name in PACKAGES if importlib.util.find_spec(name)}
     return found | {"torch": str(torch.__version__)}  # says which CUDA it is for, too
+
+
+def refuse_wrong(cfg, runtime):
+    """A UserError for what a device is known to compute wrongly."""
+    if runtime.device.type == "mps" and cfg.gradient_checkpointing and cfg.dropout:
+        wrong = "gradient_checkpointing=True recomputes with another dropout on MPS"
+        raise UserError(f"{wrong} (torch 2.13): set --dropout=0")
 
 
 def choose_attention(cfg, runtime):
@@ -164,7 +194,7 @@ def any_shape():
 def attention_kernel(cfg, runtime):
     """The name of the kernel that training takes, such as `flash attention`."""
     choose = getattr(torch, "_fused_sdp_choice", None)  # private, in 2.11 to 2.13
-    if not choose:
+    if not choose or runtime.device.type == "mps":  # which has no such function
         return f"attention={cfg.attention}"
     shape = (1, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
     q = torch.zeros(shape, dtype=runtime.dtype, device=runtime.device)

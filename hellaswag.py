@@ -164,18 +164,18 @@ def predictions(model, tasks, device="cpu", rank=0, world=1, batch_tokens=0):
     batches = batches[rank::world]
     for batch in tqdm(batches, "HellaSwag", delay=5, mininterval=1, leave=False, disable=rank != 0):
         nll, tokens = surprise(model, [packed[i] for i in batch], device)
-        characters = torch.tensor([tasks[i].characters for i in batch], device=device).flatten()
+        characters = torch.tensor([tasks[i].characters for i in batch]).flatten()
         yield from zip(batch, pick(nll, tokens, characters), strict=True)
 
 
 def surprise(model, packed, device="cpu"):
-    """Of each packed task's four endings: minus the log-probability, float64, and the tokens."""
+    """Of each packed task's four endings: minus the log-probability, and the tokens, on the CPU."""
     inputs, row, column, targets, ending = collate(packed, device)
     x = model.features(*inputs)[row, column]  # (n, C), only where an ending's token is next
     parts = zip(x.split(512), targets.split(512), strict=True)  # 100 MB of logits at a time
     nll = [F.cross_entropy(model.text_logits(x).float(), t, reduction="none") for x, t in parts]
-    total = torch.zeros(4 * len(packed), dtype=torch.float64, device=device)
-    return total.index_add_(0, ending, torch.cat(nll).double()), ending.bincount()
+    nll, ending = torch.cat(nll).cpu().double(), ending.cpu()  # MPS has no float64
+    return torch.zeros(4 * len(packed)).double().index_add_(0, ending, nll), ending.bincount()
 
 
 METRICS = ("acc", "acc_norm", "acc_norm_chars")

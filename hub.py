@@ -10,7 +10,7 @@ import os
 import time
 from pathlib import Path
 
-from common import DISK, UserError, check_disk
+from common import DISK, UserError, check_disk, move
 
 PAUSES = 1, 10, 60, 300  # seconds to wait for a failing network, as long as nothing comes
 
@@ -89,7 +89,7 @@ class Dataset:
                 return self.fetch(file, path)
             wrong = f"of {self.name} came with another checksum than {checksum(file)}"
             raise UserError(f"{file.rfilename} {wrong}: try again, one run at a time")
-        os.replace(incomplete(path), path)
+        move(incomplete(path), path)
 
     def receive(self, file, part):
         """Append to `part` what it lacks of a file; wait where the network fails, and go on."""

@@ -37,6 +37,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 import fineweb
 import hardware
@@ -46,7 +47,7 @@ import runs
 import trackers
 from common import UserError, check_disk, command_line, replacing, run, to_toml, toml_flags
 from fineweb import END_OF_TEXT
-from hardware import compile_obstacle, find_device, find_dtype, keep_memory, peak_flops
+from hardware import compile_obstacle, find_device, find_dtype, peak_flops
 
 # ---------------------------------------------------------------- configuration
 
@@ -190,15 +191,14 @@ class Runtime:
     def __init__(self, device="auto", dtype="auto", timeout=600):
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.device = find_device(device)
+        self.device = find_device(device, self.print)
         self.dtype = find_dtype(dtype, self.device, self.print)
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.set_device(self.device)
             # dtype=float32 means just that; otherwise the products left in float32 may use TF32
             torch.set_float32_matmul_precision("highest" if dtype == "float32" else "high")
-        else:
-            keep_memory()
+        hardware.prepare_memory(self.device)
         self.synchronize = torch.cuda.synchronize if cuda else lambda: None
         self.peak_memory = torch.cuda.max_memory_allocated if cuda else lambda: 0  # bytes
         if self.world > 1:
@@ -325,6 +325,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, rope, mask=None, cache=None):
         q, k, v = self.qkv(x, rope)
         if cache is not None:
+            q = q.contiguous()  # torch 2.11 ignores the stride of the batch on MPS
             k, v = cache.extend(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
@@ -789,7 +790,9 @@ class Loader:
         with ThreadPoolExecutor(1, "loader") as pool:
             ahead = deque(pool.submit(self.batch, *at) for at in islice(todo, 4))
             while True:
-                tokens = ahead.popleft().result().to(self.runtime.device, non_blocking=True)
+                tokens = ahead.popleft().result()
+                # what is not pinned may be gone before it is sent
+                tokens = tokens.to(self.runtime.device, non_blocking=tokens.is_pinned())
                 ahead.append(pool.submit(self.batch, *next(todo)))
                 yield tokens[:, :-1], tokens[:, 1:]
 
@@ -817,8 +820,6 @@ def evaluate_loss(model, shards, cfg, runtime, rows):
 
     The same windows whatever the batch and the world; `rows`, windows a pass, sets memory alone.
     """
-    from tqdm import tqdm
-
     n = validation_windows(cfg, shards)
     starts = range(0, n * cfg.block_size, cfg.block_size)[runtime.rank :: runtime.world]
     parts = [starts[i : i + rows] for i in range(0, len(starts), rows)]
@@ -961,7 +962,8 @@ class RunLog:
             paths = runs.checkpoints(self.folder)  # a torn one of a later step counts for nothing
             newest = paths.index(self.folder / name) + 1
             for old in paths[: max(0, newest - self.model.cfg.keep_checkpoints)]:
-                old.unlink()
+                with contextlib.suppress(OSError):  # in use, on Windows: the next time, then
+                    old.unlink()
 
     def write_checkpoint(self, name, state, more):
         """Weights, config, step, best loss and `more`, whole or not at all -> is it written?"""
@@ -1070,9 +1072,8 @@ def evaluate(state, val_shards, rows, log, runtime):
     runtime.print(f"{step} | val loss {loss:.4f} | perplexity {math.exp(min(loss, 99)):.2f}")
     if state.step == 0 and not cfg.init_from:
         return  # an untrained model: its loss is a check, the rest would be noise
-    if loss < state.best:
+    if loss < state.best and log.write_checkpoint("best.pt", replace(state, best=loss), {}):
         state.best = loss
-        log.write_checkpoint("best.pt", state, {})
     examples = cfg.hellaswag_examples
     if examples and (tasks := hellaswag.shared(cfg.hellaswag_path, examples, runtime)):
         with evaluating(model, runtime):
@@ -1099,6 +1100,7 @@ def initial_model(cfg):
 
 def set_up(cfg, runtime, shards):
     """What steps need: (TrainState, the model to call, Loader, micro-steps)."""
+    hardware.refuse_wrong(cfg, runtime)
     hardware.choose_attention(cfg, runtime)
     model = initial_model(cfg).to(runtime.device)
     cfg = model.cfg
@@ -1189,11 +1191,9 @@ def main():
         if cfg.eval_only:
             return evaluate_only(cfg, runtime)
         cfg = replace(cfg, run_name=runtime.agree(lambda: runs.choose_run_name(cfg, name)))
-        try:
+        remedy = "halve --micro_batch_size, double grad_accum_steps if set, add --resume=True"
+        with hardware.out_of_memory(f"rank {runtime.rank}", remedy):
             train(cfg, runtime, check)
-        except torch.OutOfMemoryError:
-            remedy = "halve --micro_batch_size, double grad_accum_steps if set, add --resume=True"
-            raise UserError(f"rank {runtime.rank} is out of memory: {remedy}") from None
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ from preparing import (
     write_parquet,
 )
 
+import common
 import fineweb
 import reading
 import train_gpt2
@@ -793,6 +794,24 @@ def test_error_in_mid_write_leaves_no_file_under_the_final_name(tmp_path):
         temporary.write_bytes(b"new")
         assert path.read_bytes() == b"old"
     assert contents(tmp_path) == {"x.npy": b"new"}
+
+
+def test_file_that_a_scanner_holds_for_a_moment_gets_its_name(tmp_path, monkeypatch):
+    replace, held = os.replace, []
+
+    def replace_held(source, target):
+        if held.pop():
+            raise PermissionError(13, "used by another process", str(source))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_held)
+    monkeypatch.setattr(common, "HELD", (0, 0))
+    for times, there in ((0, True), (2, True), (3, False)):
+        path, held[:] = tmp_path / str(times), [False] + [True] * times
+        fate = contextlib.nullcontext() if there else pytest.raises(PermissionError)
+        with fate, replacing(path) as temporary:
+            temporary.write_text("all of it")
+        assert [*tmp_path.glob(f"*{times}*")] == [path] * there
 
 
 def test_every_file_is_synced_before_it_gets_its_name(corpus, tmp_path, monkeypatch):

@@ -344,6 +344,11 @@ def test_evaluation_leaves_cudnn_out_unless_it_was_asked_for(tiny, make_model, r
         assert enabled() == before
 
 
+def test_attention_on_mps_is_named_without_asking_torch(tiny, runtime):
+    runtime.device = torch.device("mps")  # there is no kernel to ask, nor one here to ask with
+    assert hardware.attention_kernel(tiny, runtime) == "attention=auto"
+
+
 def test_masked_attention_works_whatever_kernel_is_chosen(tiny, make_model, kernels):
     model, idx = make_model(tiny), tokens(tiny, 2, 16)
     position, mask = torch.arange(16), torch.ones(16, 16, dtype=torch.bool).tril()

@@ -228,6 +228,37 @@ def test_best_checkpoint_is_that_of_the_lowest_loss_after_a_resume_too(
     assert best.keys() == {"model", "config", "step", "best"}
 
 
+def test_best_checkpoint_that_could_not_be_saved_leaves_the_next_a_chance(
+    tiny_run, train, monkeypatch
+):
+    losses = iter([0.5, 4.0, 3.0, 3.5, 3.6])  # at steps 0 to 4
+    monkeypatch.setattr(train_gpt2, "evaluate_loss", lambda *args: next(losses))
+    write = train_gpt2.RunLog.write_checkpoint
+
+    def full_at_step_2(log, name, state, more):
+        return state.step != 2 and write(log, name, state, more)
+
+    monkeypatch.setattr(train_gpt2.RunLog, "write_checkpoint", full_at_step_2)
+    folder, _ = train(replace(tiny_run, eval_interval=1, max_steps=4))
+    best = load(folder / "best.pt")
+    assert (best["step"], best["best"]) == (3, 3.5)
+
+
+def test_old_checkpoint_in_use_goes_with_the_next(tiny_run, train, monkeypatch):
+    unlink, asked = Path.unlink, []
+
+    def in_use(path, missing_ok=False):
+        if path.name == "step_000002.pt" and not asked:
+            asked.append(path)
+            raise PermissionError(13, "used by another process", str(path))
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", in_use)
+    folder, log = train(replace(tiny_run, checkpoint_interval=2, keep_checkpoints=1, max_steps=6))
+    assert asked and len(log["train"]) == 6
+    assert [path.name for path in folder.glob("step_*")] == ["step_000006.pt"]
+
+
 def test_missing_hellaswag_is_one_warning_and_the_run_goes_on(tiny_run, train, capsys, tmp_path):
     nowhere = str(tmp_path / "nowhere.jsonl")
     cfg = replace(tiny_run, hellaswag_examples=4, hellaswag_path=nowhere, eval_interval=2)
@@ -555,6 +586,13 @@ def test_mistakes_are_told_before_anything_is_written(tiny_run, train, keys, mes
 # ---------------------------------------------------------------- the micro-batch that fits
 
 
+LACKS = (  # of memory; MPS has no class for it
+    torch.OutOfMemoryError("out of memory"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GiB, other allocations: ...)."),
+    RuntimeError("Invalid buffer size: 12.00 GiB"),
+)
+
+
 @pytest.fixture
 def fit(monkeypatch, tiny, runtime, capsys):
     """Fit the micro-batch on a stand-in device with memory for `room` sequences.
@@ -562,11 +600,11 @@ def fit(monkeypatch, tiny, runtime, capsys):
     The other ranks of `world` have memory for `least`.
     """
 
-    def run(room, world=1, least=None, **keys):
+    def run(room, world=1, least=None, lack=LACKS[0], **keys):
         def forward(self, idx, targets=None):
             tried.append(idx.size(0))
             if idx.size(0) > room:
-                raise torch.OutOfMemoryError("out of memory")
+                raise lack
             return self.transformer.ln_f.weight.sum()
 
         def add_others(mine):
@@ -593,6 +631,13 @@ def test_micro_batch_halves_until_it_fits_and_tokens_a_step_stay(fit):
     for room, expected in ((1000, 64), (64, 64), (63, 32), (5, 4), (1, 1)):
         rows, (micro_steps, sequences) = fit(room, total_batch_size=8192)
         assert rows == expected and sequences == 512 == rows * micro_steps
+
+
+def test_micro_batch_halves_for_lack_of_memory_alone(fit):
+    for lack in LACKS:
+        assert fit(5, total_batch_size=8192, lack=lack)[0] == 4
+    with pytest.raises(RuntimeError, match=r"^a bug$"):
+        fit(5, total_batch_size=8192, lack=RuntimeError("a bug"))
 
 
 def test_micro_batch_that_fits_divides_every_ranks_share(fit):
@@ -628,12 +673,32 @@ def test_device_that_is_not_there_is_an_error(monkeypatch):
             Runtime(name)
 
 
+def test_torch_without_cuda_beside_an_nvidia_driver_is_told(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    (tmp_path / "nvidia-smi").touch(0o777)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    Runtime("auto")
+    assert "NVIDIA driver is here, but this torch is for CPUs" in capsys.readouterr().out
+    Runtime("cpu")
+    assert "NVIDIA" not in capsys.readouterr().out
+
+
+def test_wrong_gradients_of_mps_are_refused(tiny, runtime):
+    cfg = replace(tiny, gradient_checkpointing=True, dropout=0.1)
+    hardware.refuse_wrong(cfg, runtime)
+    runtime.device = torch.device("mps")
+    hardware.refuse_wrong(replace(cfg, dropout=0.0), runtime)
+    with pytest.raises(UserError, match=r"another dropout on MPS .*: set --dropout=0"):
+        hardware.refuse_wrong(cfg, runtime)
+
+
 def test_each_rank_takes_its_gpu_and_too_many_ranks_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert train_gpt2.find_device("auto") == torch.device("cuda", 1)
-    assert train_gpt2.find_device("cpu") == torch.device("cpu")
+    assert train_gpt2.find_device("auto", print) == torch.device("cuda", 1)
+    assert train_gpt2.find_device("cpu", print) == torch.device("cpu")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(UserError, match="3 ranks share 2 GPUs here; try --nproc_per_node=2"):
         Runtime("cuda")
