@@ -911,7 +911,7 @@ def main():
     for key, value in asdict(options).items():
         if key in AT_LEAST_ONE and value < 1:
             raise UserError(f"{key}={value} must be 1 or more")
-    with hardware.out_of_memory(name, "halve --micro_batch_size or --batch"):
+    with hardware.telling_memory(name, "halve --micro_batch_size or --batch"):
         figures = bench(options)
     if os.environ.get("RANK", "0") != "0":
         return

@@ -50,7 +50,7 @@ def find_dtype(name, device, say):
 
 
 def prepare_memory(device):
-    """Where no torch option does it: allocate fast on a CPU, and never more than a GPU has."""
+    """Let a CPU's memory come fast, and a GPU's end where it would be swapped."""
     if device.type == "mps":
         torch.mps.set_per_process_memory_fraction(1.0)  # not 1.7, which swaps
     elif device.type == "cuda" and sys.platform == "win32":  # whose driver swaps, too
@@ -74,7 +74,7 @@ def compile_obstacle(device):
         "it is not ready for MPS": device.type == "mps",
         "needs capability 7.0": cuda and torch.cuda.get_device_capability(device) < (7, 0),
         "the triton package is missing": cuda and not importlib.util.find_spec("triton"),
-        f"no C++ compiler, {' or '.join(compilers)}": not any(map(shutil.which, compilers)),
+        f"no C++ compiler, such as {' or '.join(compilers)}": not any(map(shutil.which, compilers)),
         "no Python.h; install this Python's development package": not header.exists(),
     }
     return next((why for why, there in obstacles.items() if there), "")
@@ -97,14 +97,19 @@ def peak_flops(device, dtype):
     return next((peak for part, peak in PEAK_FLOPS.items() if words.issuperset(part.split())), 0.0)
 
 
+def lacks_memory(error):
+    """Whether a RuntimeError tells that a device's memory is full; MPS has no class for that."""
+    told = str(error).startswith(("MPS backend out of memory", "Invalid buffer size"))
+    return told or isinstance(error, torch.OutOfMemoryError)
+
+
 @contextlib.contextmanager
-def out_of_memory(who, remedy):
-    """Make a UserError of a device's lack of memory: of two kinds, as MPS has no class for it."""
+def telling_memory(who, remedy):
+    """Make a UserError of a device's lack of memory."""
     try:
         yield
     except RuntimeError as error:
-        told = ("MPS backend out of memory", "Invalid buffer size")
-        if not isinstance(error, torch.OutOfMemoryError) and not str(error).startswith(told):
+        if not lacks_memory(error):
             raise
         raise UserError(f"{who} is out of memory: {remedy}") from None
 
@@ -124,14 +129,17 @@ def fit_micro_batch(model, B, block_size, runtime):
         return B  # short of memory, Linux kills the process: nothing could be caught
 
     def fits():
-        with contextlib.suppress(UserError), out_of_memory("it", ""):
+        try:
             idx = torch.zeros(B, block_size + 1, dtype=torch.long, device=runtime.device)
             for _ in range(2):  # the second meets the first one's gradients
                 with runtime.autocast():
                     loss = model(idx[:, :-1], idx[:, 1:])
                 loss.backward()
             return 1.0
-        return 0.0
+        except RuntimeError as error:
+            if not lacks_memory(error):
+                raise
+            return 0.0
 
     # to come: AdamW's two moments, and DDP's buckets beside gradients that accumulate
     to_come = 2 + (runtime.world > 1)

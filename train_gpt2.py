@@ -1192,7 +1192,7 @@ def main():
             return evaluate_only(cfg, runtime)
         cfg = replace(cfg, run_name=runtime.agree(lambda: runs.choose_run_name(cfg, name)))
         remedy = "halve --micro_batch_size, double grad_accum_steps if set, add --resume=True"
-        with hardware.out_of_memory(f"rank {runtime.rank}", remedy):
+        with hardware.telling_memory(f"rank {runtime.rank}", remedy):
             train(cfg, runtime, check)
 
 
