@@ -66,9 +66,9 @@ def prepare_memory(device):
 
 def compile_obstacle(device):
     """Why torch.compile cannot work here, or nothing."""
-    cuda, windows = device.type == "cuda", sys.platform == "win32"
-    others = ("cl",) if windows else ("c++", "g++", "clang++")  # which inductor takes there
-    compilers = [os.environ["CXX"]] if "CXX" in os.environ else others
+    cuda = device.type == "cuda"
+    usual = ("cl",) if sys.platform == "win32" else ("c++", "g++", "clang++")
+    compilers = [os.environ["CXX"]] if "CXX" in os.environ else usual  # as inductor has it
     header = Path(sysconfig.get_path("include"), "Python.h")
     obstacles = {
         "it is not ready for MPS": device.type == "mps",

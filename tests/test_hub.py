@@ -681,7 +681,6 @@ def test_run_waits_for_what_it_fetches_ahead_though_locks_do_nothing(hub, tmp_pa
     assert stream(tmp_path / "out") == reference(TEXTS[:40])
 
 
-@with_sigkill
 def end_while_fetching_ahead(hub, tmp_path, stop=lambda process: None):
     """(exit code, stderr) of a run that is waiting for a silent hub's second file."""
     hub.ends[SAMPLE[1]] = 400
@@ -701,6 +700,7 @@ def end_while_fetching_ahead(hub, tmp_path, stop=lambda process: None):
     return process.returncode, errors
 
 
+@with_sigkill
 def test_ctrl_c_does_not_wait_for_what_is_fetched_ahead(hub, tmp_path):
     fill_with_parquet(hub)
     interrupt = operator.methodcaller("send_signal", signal.SIGINT)
