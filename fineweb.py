@@ -28,6 +28,7 @@ import mmap
 import multiprocessing
 import os
 import platform
+import queue
 import re
 import shlex
 import shutil
@@ -163,7 +164,7 @@ SOURCES = {  # default out_dir, default dataset, the options that decide what th
     "python-docs": ("python_docs", "", SIZES),
 }
 FINEWEB = "HuggingFaceFW/fineweb-edu", "HuggingFaceFW/fineweb"
-MOST = 1_000_000_000  # tokens of a shard, which is made in memory
+MOST = 1_000_000_000  # of any of the sizes and counts: more is a slip
 ANY_SOURCE = ("source", "out_dir", "max_shards", "processes", "tokenizer")
 
 
@@ -503,34 +504,73 @@ def write_shards(options, ranks, manifest):
     if not place or len(made) >= len(sizes):
         return
 
-    def save(number, shard, place):
-        manifest["shards"].append(write_shard(options.out_dir, number, shard))
-        manifest["next"][ranks.key] = place
-        write_manifest(ranks.partial(options.out_dir), manifest)
-
     begun = f", going on after {len(made)} shards" if made else ""
     ranks.print(f"{options.source} -> {options.out_dir}, tokenized by {options.tokenizer}{begun}")
     blocks = tokenize(read_blocks(source, files, place), options)
     stream = counted(blocks, options, ranks, source, sum(made) - place[2], sum(sizes))
-    shards, writing = cut(stream, sizes[len(made) :], skip=place[2]), None
-    # a shard is written beside the making of the next; threads end here, whatever happens
-    with contextlib.closing(blocks), ThreadPoolExecutor(1) as writer:
-        for shard, place in shards:
-            number = ranks.first_shard + len(made)
+
+    def save(items):
+        save_shards(TokenStream(items, place[2]), sizes, len(made), options, ranks, manifest)
+
+    # shards are written beside the making of the next tokens; threads end here, whatever happens
+    with contextlib.closing(blocks), beside(save) as hand_over:
+        for item in stream:
+            hand_over(item)
+
+
+@contextlib.contextmanager
+def beside(consume):
+    """Run consume(items) in a thread; yield a function that hands an item over to it.
+
+    It waits while AHEAD items are there. Where one side fails, so does the other.
+    """
+    waiting = queue.Queue(AHEAD)
+
+    def items():
+        while (item := waiting.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def hand_over(item):
+        while not done.done():
+            with contextlib.suppress(queue.Full):
+                return waiting.put(item, timeout=0.1)
+        done.result()
+
+    with ThreadPoolExecutor(1) as thread:
+        done = thread.submit(consume, items())
+        try:
+            yield hand_over
+            hand_over(None)
+            done.result()
+        except BaseException as error:
+            hand_over(error)
+            raise
+
+
+def save_shards(tokens, sizes, made, options, ranks, manifest):
+    """Make the shards of these sizes after those `made`; `manifest` grows with them."""
+    partial = ranks.partial(options.out_dir)
+    for number, size in enumerate(sizes[made:], ranks.first_shard + made):
+        if number and not tokens.place():
+            break
+        path = Path(options.out_dir, f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy")
+        for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a run that was killed
+            leftover.unlink()
+        with replacing(path) as temporary:
+            held = write_shard(temporary, tokens.take(size))
+            place = tokens.place()
             if number == 0 and not place:
                 needed = f"--val_tokens={options.val_tokens} and some to train on"
-                raise UserError(f"the input gives {len(shard):,} tokens, too few for {needed}")
-            if not len(shard):  # there was no text in this rank's files
-                manifest["next"][ranks.key] = None
-                return
-            if writing:
-                writing.result()
-            else:  # so that a shard without a manifest is never this tool's
-                write_manifest(ranks.partial(options.out_dir), manifest)
-            made.append(len(shard))
-            writing = writer.submit(save, number, shard, place)
-        writing.result()
-    if place and not options.max_shards:
+                raise UserError(f"the input gives {held:,} tokens, too few for {needed}")
+            if not partial.exists():  # so that a shard without a manifest is never this tool's
+                write_manifest(partial, manifest)
+        manifest["shards"].append(describe(path))
+        manifest["next"][ranks.key] = place
+        write_manifest(partial, manifest)
+    manifest["next"][ranks.key] = tokens.place()  # no rank's files need hold a text
+    if tokens.place() and not options.max_shards:
         raise UserError(f"more than {len(sizes):,} shards: set --shard_tokens to more")
 
 
@@ -583,6 +623,8 @@ def counted(stream, options, ranks, source, done, most):
             bar.total = expected
             bar.update(len(tokens))
             yield block, tokens
+            if done > most:  # one more, so that the run can go on there
+                break
 
 
 def foresee(out_dir, ranks, source, size):
@@ -599,38 +641,50 @@ def foresee(out_dir, ranks, source, size):
         tqdm.write(f"to come: about {tokens} tokens, {size}B of shards; {free}B are free")
 
 
-def cut(stream, sizes, skip=0):
-    """Cut a stream of (Block, its tokens), without the first `skip`, to shards of these sizes.
+class TokenStream:
+    """The tokens of a stream of (Block, its tokens), without the first `skip`, piece by piece."""
 
-    Yields (a shard, the place of the token that follows it). A place is [file, start of a Block,
-    tokens of it]: there a run that was stopped goes on. It is None after the last token; the last
-    shard may be short, and empty where there is no token at all.
-    """
-    sizes = iter(sizes)
-    shard, held = np.empty(next(sizes), dtype=np.uint16), 0
-    for block, tokens in stream:
-        used = min(skip, len(tokens))
-        skip -= used
-        while used < len(tokens):
-            if held == len(shard):
-                yield shard, [block.file, block.start, used]
-                if not (size := next(sizes, 0)):
-                    return
-                shard, held = np.empty(size, dtype=np.uint16), 0
-            piece = tokens[used : used + len(shard) - held]
-            shard[held : held + len(piece)] = piece
-            held, used = held + len(piece), used + len(piece)
-    yield shard[:held], None
+    def __init__(self, stream, skip=0):
+        self.stream, self.block, self.tokens, self.used = iter(stream), None, (), skip
+
+    def place(self):
+        """Where the next token is, [file, start of a Block, tokens of it], or None after the last.
+
+        There a run that was stopped goes on.
+        """
+        while self.used >= len(self.tokens):
+            self.used -= len(self.tokens)
+            self.block, self.tokens = next(self.stream, (None, ()))
+            if not self.block:
+                return None
+        return [self.block.file, self.block.start, self.used]
+
+    def take(self, size):
+        """Yield the next `size` tokens in pieces, or what there is of them."""
+        while size and self.place():
+            piece = self.tokens[self.used : self.used + size]
+            self.used, size = self.used + len(piece), size - len(piece)
+            yield piece
 
 
-def write_shard(out_dir, number, tokens):
-    """Write one shard and return its entry in the manifest."""
-    path = Path(out_dir, f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy")
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        header = np.lib.format.header_data_from_array_1_0(tokens)
-        np.lib.format.write_array_header_1_0(file, header)
-        file.write(tokens)  # np.save's error would not name the disk
-    return describe(path)
+def write_shard(path, pieces):
+    """Write pieces of tokens as np.save would write all of them; return how many there were."""
+    with open(path, "wb") as file:
+        write_header(file, 0)
+        size = 0
+        for piece in pieces:
+            file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())  # now, so that no shard's end has to wait for all of it
+            size += len(piece)
+        file.seek(0)
+        write_header(file, size)  # as long as before
+    return size
+
+
+def write_header(file, size):
+    array = dict(descr="<u2", fortran_order=False, shape=(size,))
+    np.lib.format.write_array_header_1_0(file, array)
 
 
 def describe(path):

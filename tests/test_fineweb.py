@@ -289,25 +289,25 @@ def test_share_of_a_parquet_file_goes_by_its_text_not_its_rows(tmp_path, small_b
     lengths=st.lists(st.integers(0, 30), max_size=20),
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=12),
 )
-def test_cut_keeps_every_token_in_order_and_can_go_on_after_each_shard(lengths, sizes):
+def test_shards_keep_every_token_in_order_and_a_run_can_go_on_after_each(lengths, sizes):
     tokens = np.arange(sum(lengths), dtype=np.uint16)
     parts = np.split(tokens, np.cumsum(lengths, dtype=int)[:-1]) if lengths else []
     blocks = [
         (reading.Block(None, start, 1.0, file=start % 3), part) for start, part in enumerate(parts)
     ]
-    made = list(fineweb.cut(blocks, sizes))
-    kept = tokens[: sum(sizes)]
-    assert np.array_equal(np.concatenate([shard for shard, _ in made]), kept)
-    assert [len(shard) for shard, _ in made[:-1]] == sizes[: len(made) - 1]
-    assert (made[-1][1] is None) == (len(tokens) <= sum(sizes))
-    for number, (_, place) in enumerate(made, 1):
-        if place and number < len(sizes):
+
+    def cut(stream, sizes, skip=0):
+        stream = fineweb.TokenStream(stream, skip)
+        return [(np.concatenate([[], *stream.take(n)]).tolist(), stream.place()) for n in sizes]
+
+    made, borders = cut(blocks, sizes), np.minimum(np.cumsum([0, *sizes]), len(tokens))
+    for number, (shard, place) in enumerate(made, 1):
+        assert shard == tokens[slice(*borders[number - 1 : number + 1])].tolist()
+        assert (place is None) == (borders[number] == len(tokens))
+        if place:
             file, start, used = place
             assert file == start % 3
-            again = list(fineweb.cut(blocks[start:], sizes[number:], skip=used))
-            assert [(s.tolist(), p) for s, p in again] == [
-                (s.tolist(), p) for s, p in made[number:]
-            ]
+            assert cut(blocks[start:], sizes[number:], skip=used) == made[number:]
 
 
 def test_document_may_span_shards_and_be_longer_than_one(tmp_path):
@@ -887,10 +887,15 @@ def test_room_is_asked_for_what_is_still_to_come(corpus, tmp_path, monkeypatch, 
 def test_disk_that_fills_up_ends_in_one_line_and_can_go_on(corpus, tmp_path, end_of_command):
     out, whole = tmp_path / "out", tmp_path / "whole"
     prepare_local(corpus, whole)
-    out.mkdir()
     shard = "edufineweb_train_000003.npy"
-    (out / f".{shard}.{os.getpid()}.tmp").symlink_to("/dev/full")
-    code, _, err = end_of_command(*flags(local(corpus, out)))
+
+    def replacing(path):
+        if path.name == shard:
+            path.with_name(f".{shard}.{os.getpid()}.tmp").symlink_to("/dev/full")
+        return common.replacing(path)
+
+    with patched((fineweb, "replacing", replacing)):
+        code, _, err = end_of_command(*flags(local(corpus, out)))
     assert code == 2 and re.fullmatch(r"error: .*No space left.*: mend that and run .*\n", err)
     assert shard not in contents(out)
     assert end_of_command(*flags(local(corpus, out)))[0] == 0
@@ -977,6 +982,46 @@ def test_goes_on_from_the_last_finished_shard(corpus, tmp_path, small_blocks, ca
     assert f"going on after {len(listed)} shards\n" in capsys.readouterr().out
     kept = list(made)[: len(listed)]
     assert all(path.stat().st_mtime_ns == made[path] for path in kept)
+
+
+@pytest.mark.parametrize("error", [UserError("line 9 is no JSON"), KeyboardInterrupt()])
+def test_run_that_fails_keeps_whole_shards_alone_and_can_go_on(
+    corpus, tmp_path, small_blocks, error
+):
+    options, whole = local(corpus, tmp_path / "out", tokenizer="gigatoken"), tmp_path / "whole"
+    prepare_local(corpus, whole)
+    calls, encode_block = itertools.count(1), fineweb.encode_block
+
+    def failing(*args):
+        if next(calls) == 25:
+            raise error
+        return encode_block(*args)
+
+    with patched((fineweb, "encode_block", failing)), pytest.raises(type(error)):
+        fineweb.prepare(options)
+    made = contents(tmp_path / "out")
+    partial = made.pop(fineweb.PARTIAL.format(0))
+    assert len(made) > 3 and made.items() < contents(whole).items()
+    assert json.loads(partial)["next"]["0"] is not None
+    fineweb.prepare(options)
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_what_a_killed_run_left_of_a_shard_goes_before_it_is_made_again(corpus, tmp_path):
+    out, shard, write, seen = tmp_path / "out", "train_000003.npy", fineweb.write_shard, []
+    assert interrupted(local(corpus, out), step=6, after=True)
+    leftovers = [out / f".edufineweb_{shard}.{pid}.tmp" for pid in (1, 22)]
+    for leftover in leftovers:
+        leftover.write_bytes(b"half")
+
+    def write_shard(path, pieces):
+        if shard in path.name:
+            seen.extend(leftover.exists() for leftover in leftovers)
+        return write(path, pieces)
+
+    with patched((fineweb, "write_shard", write_shard)):
+        fineweb.prepare(local(corpus, out))
+    assert seen == [False, False]
 
 
 @pytest.fixture
