@@ -674,8 +674,6 @@ def write_shard(path, pieces):
         size = 0
         for piece in pieces:
             file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())  # now, so that no shard's end has to wait for all of it
             size += len(piece)
         file.seek(0)
         write_header(file, size)  # as long as before
