@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import importlib.util
 import os
 import platform
@@ -27,9 +28,10 @@ def find_device(name, say):
             say("an NVIDIA driver is here, but this torch is for CPUs: see pytorch.org")
     if not {"cuda": gpus, "mps": mps, "cpu": True}.get(name):
         raise UserError(f"device={name} is not to be had here; try --device=auto")
-    if name == "cuda" and (ranks := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > gpus:
-        raise UserError(f"{ranks} ranks share {gpus} GPUs here; try --nproc_per_node={gpus}")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    rank = int(os.environ.get("LOCAL_RANK", 0))  # 0 on each of them with --virtual-local-rank
+    if name == "cuda" and rank >= gpus:
+        raise UserError(f"rank {rank} finds no GPU of its own here; try --nproc_per_node={gpus}")
+    return torch.device(name, rank if name == "cuda" else None)
 
 
 def find_dtype(name, device, say):
@@ -92,15 +94,15 @@ def peak_flops(device, dtype):
     if device.type != "cuda" or dtype != torch.bfloat16:
         return 0.0
     words = set(torch.cuda.get_device_name(device).replace("-", " ").split())
-    if words & {"Laptop", "Max", "Ti", "D"}:  # slower or faster than the card of that number
+    if words & {"Laptop", "Max", "Ti", "D", "MIG"}:  # another speed than the card of that number
         return 0.0
     return next((peak for part, peak in PEAK_FLOPS.items() if words.issuperset(part.split())), 0.0)
 
 
 def lacks_memory(error):
     """Whether a RuntimeError tells that a device's memory is full; MPS has no class for that."""
-    told = str(error).startswith(("MPS backend out of memory", "Invalid buffer size"))
-    return told or isinstance(error, torch.OutOfMemoryError)
+    told = str(error)  # by the compiler, cuBLAS and the driver, too, each in an error of its own
+    return any(words in told for words in ("out of memory", "ALLOC_FAILED", "Invalid buffer size"))
 
 
 @contextlib.contextmanager
@@ -116,6 +118,7 @@ def telling_memory(who, remedy):
 
 def forget_memory(runtime):
     """Give cached memory back and count the peak anew."""
+    gc.collect()  # a compilation that failed is held by cycles
     if runtime.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -123,7 +126,12 @@ def forget_memory(runtime):
         torch.mps.empty_cache()
 
 
-def fit_micro_batch(model, B, block_size, runtime):
+def spare_memory(device):
+    """Bytes of a GPU to leave: NCCL and kernels take some beside torch, and fragments are lost."""
+    return torch.cuda.mem_get_info(device)[1] // 32 if device.type == "cuda" else 0
+
+
+def fit_micro_batch(model, B, block_size, runtime, resumed=False):
     """B halved until a forward and backward pass of so many sequences fits on every rank."""
     if runtime.device.type == "cpu":
         return B  # short of memory, Linux kills the process: nothing could be caught
@@ -141,16 +149,20 @@ def fit_micro_batch(model, B, block_size, runtime):
                 raise
             return 0.0
 
-    # to come: AdamW's two moments, and DDP's buckets beside gradients that accumulate
-    to_come = 2 + (runtime.world > 1)
+    # to come: AdamW's two moments, unless resumed, and DDP's buckets beside gradients
+    to_come = 2 * (not resumed) + (runtime.world > 1)
     held = [torch.empty_like(p) for p in model.parameters() for _ in range(to_come)]
-    while runtime.sum(torch.tensor(fits())).item() < runtime.world:
-        if B == 1:
-            raise UserError("memory is short for even one sequence: lower block_size or n_layer")
-        B //= 2
+    held.append(torch.empty(spare_memory(runtime.device), dtype=torch.int8, device=runtime.device))
+    while True:
+        fitted = fits()
         model.zero_grad(set_to_none=True)
-        forget_memory(runtime)
-    model.zero_grad(set_to_none=True)
+        forget_memory(runtime)  # before ranks meet, which takes NCCL some
+        if runtime.sum(torch.tensor(fitted)).item() == runtime.world:
+            break
+        if B == 1:
+            remedy = "try --gradient_checkpointing=True, or lower block_size or n_layer"
+            raise UserError(f"memory is short for even one sequence: {remedy}")
+        B //= 2
     del held
     forget_memory(runtime)
     runtime.print(f"micro_batch_size={B}: it fits, divides a step, and is at most 64")

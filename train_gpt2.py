@@ -204,12 +204,11 @@ class Runtime:
         if self.world > 1:
             how = {"backend": "nccl", "device_id": self.device} if cuda else {"backend": "gloo"}
             self.meet(how, timedelta(seconds=timeout))
+            if self.dtype != self.agree(lambda: self.dtype):  # float16's gradients are scaled
+                raise UserError(f"rank {self.rank} is no GPU like rank 0's: set --dtype=float16")
 
     def meet(self, how, timeout):
-        """Join the other ranks; after a restart, under a new prefix of torchrun's store.
-
-        The store still holds the addresses of the previous group, where nobody answers.
-        """
+        """Join the other ranks. torchrun's store still has the addresses of a life before this."""
         if life := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
             server = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = dist.PrefixStore(f"life {life}", dist.TCPStore(*server, timeout=timeout))
@@ -251,17 +250,16 @@ class Runtime:
         """Average gradients over ranks in the backward pass (DDP), for batches (B, T)."""
         if self.world == 1:
             return model
-        gpu = [self.device] if self.device.type == "cuda" else None
         ddp = nn.parallel.DistributedDataParallel
         new = "forward_sync_buffers" in inspect.signature(ddp).parameters  # from torch 2.13 on
         constant = {"forward_sync_buffers" if new else "broadcast_buffers": False}
-        model = ddp(model, device_ids=gpu, gradient_as_bucket_view=True, **constant)
+        model = ddp(model, gradient_as_bucket_view=True, **constant)
         # compiled before wrapping, it is one graph, and reductions could only start at its end
         torch.compiler.reset()
         # DDP fixes its bucket order after a first pass; without it a resumed run sums differently
-        idx = torch.zeros(B, T, dtype=torch.long, device=self.device)
-        with self.autocast():
-            model(idx, idx).backward()
+        idx = torch.zeros(B, T + 1, dtype=torch.long, device=self.device)
+        with self.autocast():  # strides like a batch's, so that this compiles all that steps need
+            model(idx[:, :-1], idx[:, 1:]).backward()
         model.zero_grad(set_to_none=True)
         return model
 
@@ -274,7 +272,8 @@ class Runtime:
         return torch.compile(model, dynamic=False)
 
     def close(self):
-        if self.world > 1:
+        # after an error on one rank NCCL would wait here for the others, which wait for this one
+        if self.world > 1 and not sys.exc_info()[0]:
             dist.destroy_process_group()
 
 
@@ -595,18 +594,19 @@ def sample_token(logits, seen, how, generator):
         logits = logits.scatter(1, seen, less)
     if how.temperature < 1e-6:  # greedy; dividing by so little would overflow
         return logits.argmax(-1, keepdim=True)
-    logits, most = logits / how.temperature, logits.size(-1)
+    logits, most, ids = logits / how.temperature, logits.size(-1), None
     if how.top_k:
         logits, ids = logits.topk(min(how.top_k, most))  # the likeliest first
-        probs = logits.softmax(-1)
-    elif how.top_p < 1.0:
-        probs, ids = logits.softmax(-1).topk(min(1024, most))  # sorting all takes longer
-        if probs.sum(-1).min() < how.top_p:
-            probs, ids = logits.softmax(-1).sort(descending=True)
-    else:
-        return torch.multinomial(logits.softmax(-1), 1, generator=generator)
-    probs = probs.masked_fill(probs.cumsum(-1) - probs >= how.top_p, 0.0)
-    return ids.gather(1, torch.multinomial(probs, 1, generator=generator))
+    probs = logits.softmax(-1)
+    if how.top_p < 1.0:
+        if not how.top_k:
+            probs, ids = probs.topk(min(1024, most))  # sorting all takes longer
+            if probs.sum(-1).min() < how.top_p:
+                probs, ids = logits.softmax(-1).sort(descending=True)
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= how.top_p, 0.0)
+    # as torch.multinomial draws, which also checks probs: two waits for a GPU
+    winner = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1, True)
+    return winner if ids is None else ids.gather(1, winner)
 
 
 def next_logits(model, idx, position, mask, cache):
@@ -1110,7 +1110,7 @@ def set_up(cfg, runtime, shards):
         resume(Path(cfg.log_dir) / cfg.run_name, state, runtime)
     fast = runtime.compile(model) if cfg.compile_model else model
     B = cfg.micro_batch_size or hardware.fit_micro_batch(
-        fast, largest_micro_batch(cfg, runtime), cfg.block_size, runtime
+        fast, largest_micro_batch(cfg, runtime), cfg.block_size, runtime, resumed=state.step > 0
     )
     micro_steps, G = batch_layout(cfg, runtime.world, B)
     fast = runtime.parallel(fast, B, cfg.block_size)

@@ -88,6 +88,75 @@ def test_compiled_model_is_cut_at_ddp_s_buckets(run_cli, tmp_path, monkeypatch):
     assert graphs and int(graphs[1]) > 1, done.stderr
 
 
+COMPILED_BEFORE_THE_FIRST_STEP = """
+import contextlib
+from dataclasses import replace
+import torch
+import train_gpt2
+from common import to_toml
+
+cfg, _ = train_gpt2.load_config(["two.toml"])
+with contextlib.closing(train_gpt2.Runtime("cpu", "float32")) as runtime:
+    made = []
+    runtime.compile = lambda model: torch.compile(
+        model, dynamic=False, backend=lambda graph, inputs: made.append(graph) or graph.forward)
+    shards = train_gpt2.TokenShards(cfg.data_dir, "train")
+    state, fast, loader, micro_steps = train_gpt2.set_up(cfg, runtime, shards)
+    before = len(made)
+    with contextlib.closing(loader.stream(0, micro_steps)) as batches:
+        for _ in range(2):
+            train_gpt2.train_step(fast, state, batches, micro_steps, 0.001, runtime)
+    runtime.print(f"{before} graphs, then {len(made) - before}")
+"""
+
+
+def test_nothing_is_compiled_in_the_steps_of_two_ranks(run_cli, tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    cfg = replace(tiny_run, compile_model=True, run_name="")
+    (tmp_path / "two.toml").write_text(to_toml(cfg), encoding="utf-8")
+    (tmp_path / "x.py").write_text(COMPILED_BEFORE_THE_FIRST_STEP)
+    done = run_cli(tmp_path / "x.py", launcher=TORCHRUN)
+    graphs = re.search(r"^(\d+) graphs, then (\d+)$", done.stdout, re.MULTILINE)
+    assert graphs and int(graphs[1]) > 0 and int(graphs[2]) == 0, done.stdout + done.stderr
+
+
+FAILING_ON_ONE_RANK = """
+import contextlib
+import torch.distributed as dist
+from common import UserError, run
+from train_gpt2 import Runtime
+
+def main():
+    with contextlib.closing(Runtime("cpu", "float32")) as runtime:
+        dist.destroy_process_group = lambda: print(f"rank {runtime.rank} waits for the others")
+        if runtime.rank == 1:
+            raise UserError("rank 1 is out of memory")
+        runtime.agree(lambda: 0)
+
+run(main)
+"""
+
+
+def test_rank_that_fails_waits_for_no_other(run_cli, tmp_path, monkeypatch):
+    """NCCL's destroy_process_group would, and its error would never be told."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "x.py").write_text(FAILING_ON_ONE_RANK)
+    done = run_cli(tmp_path / "x.py", launcher=TORCHRUN)
+    assert "error: rank 1 is out of memory" in done.stderr
+    assert "rank 1 waits" not in done.stdout
+
+
+def test_ranks_of_different_precision_are_refused(run_cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "x.py").write_text(
+        "import os, common, train_gpt2\n"
+        "dtype = ['bfloat16', 'float16'][int(os.environ['RANK'])]\n"
+        "common.run(lambda: train_gpt2.Runtime('cpu', dtype))\n"
+    )
+    done = run_cli(tmp_path / "x.py", launcher=TORCHRUN)
+    assert "error: rank 1 is no GPU like rank 0's: set --dtype=float16" in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number, everyone", [(signal.SIGTERM, False), (signal.SIGINT, True)])
 def test_stopped_torchrun_saves_one_checkpoint(tiny_run, tmp_path, number, everyone):

@@ -222,6 +222,16 @@ def test_temperature_next_to_zero_is_greedy(tiny, make_model):
     assert torch.equal(cold, continued(model, idx, 30))
 
 
+def test_draws_are_those_of_multinomial():
+    logits = 5 * torch.randn(64, 3000, generator=torch.Generator().manual_seed(1))
+    logits[:, 2900:] = -math.inf
+    for seed in range(20):
+        drawn, expected = (torch.Generator().manual_seed(seed) for _ in range(2))
+        ids = torch.multinomial(logits.softmax(-1), 1, generator=expected)
+        assert torch.equal(sample_token(logits, None, Sampling(), drawn), ids)
+        assert torch.equal(drawn.get_state(), expected.get_state())
+
+
 def test_top_p_reaches_beyond_the_likeliest_thousand_where_it_has_to():
     logits = torch.linspace(0.01, 0, 5000).expand(4000, -1)  # nearly alike: half are 2,500 ids
     generator = torch.Generator().manual_seed(0)
