@@ -100,9 +100,10 @@ def peak_flops(device, dtype):
 
 
 def lacks_memory(error):
-    """Whether a RuntimeError tells that a device's memory is full; MPS has no class for that."""
-    told = str(error)  # by the compiler, cuBLAS and the driver, too, each in an error of its own
-    return any(words in told for words in ("out of memory", "ALLOC_FAILED", "Invalid buffer size"))
+    """Whether a RuntimeError tells that a device's memory is full."""
+    told = str(error)  # by MPS, the compiler, cuBLAS and the driver in errors of their own
+    words = ("out of memory", "ALLOC_FAILED", "Invalid buffer size")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in told for word in words)
 
 
 @contextlib.contextmanager
