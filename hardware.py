@@ -129,7 +129,7 @@ def forget_memory(runtime):
 
 def spare_memory(device):
     """Bytes of a GPU to leave: NCCL and kernels take some beside torch, and fragments are lost."""
-    return torch.cuda.mem_get_info(device)[1] // 32 if device.type == "cuda" else 0
+    return torch.cuda.mem_get_info(device)[1] // 64 if device.type == "cuda" else 0
 
 
 def fit_micro_batch(model, B, block_size, runtime, resumed=False):
