@@ -36,7 +36,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import CancelledError, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -330,7 +330,7 @@ def fingerprint(paths):
 # ---------------------------------------------------------------- texts to tokens
 
 
-AHEAD = 8  # Blocks to read while the tokenizers start up
+AHEAD = 8  # Blocks that may wait for the tokenizers, and as many for the disk
 
 
 def tokenize(blocks, options):
@@ -514,23 +514,23 @@ def write_shards(options, ranks, manifest):
 
     # shards are written beside the making of the next tokens; threads end here, whatever happens
     with contextlib.closing(blocks), beside(save) as hand_over:
-        for item in stream:
-            hand_over(item)
+        for block, tokens in stream:
+            hand_over((block._replace(load=None), tokens))  # without its text, for memory
 
 
 @contextlib.contextmanager
 def beside(consume):
     """Run consume(items) in a thread; yield a function that hands an item over to it.
 
-    It waits while AHEAD items are there. Where one side fails, so does the other.
+    It waits while AHEAD items are there. Where one side fails, the other ends.
     """
-    waiting = queue.Queue(AHEAD)
+    waiting, failed = queue.Queue(AHEAD), threading.Event()
 
     def items():
-        while (item := waiting.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
+        while (item := waiting.get()) is not None and not failed.is_set():
             yield item
+        if failed.is_set():
+            raise CancelledError  # for what is half-written: what failed is told by the other side
 
     def hand_over(item):
         while not done.done():
@@ -539,25 +539,25 @@ def beside(consume):
         done.result()
 
     with ThreadPoolExecutor(1) as thread:
-        done = thread.submit(consume, items())
         try:
+            done = thread.submit(consume, items())
             yield hand_over
             hand_over(None)
             done.result()
-        except BaseException as error:
-            hand_over(error)
+        except BaseException:
+            failed.set()
+            with contextlib.suppress(queue.Full):  # no wait here: there may be a second Ctrl-C
+                waiting.put_nowait(None)
             raise
 
 
 def save_shards(tokens, sizes, made, options, ranks, manifest):
-    """Make the shards of these sizes after those `made`; `manifest` grows with them."""
+    """Make the shards of these sizes after the first `made`; `manifest` grows with them."""
     partial = ranks.partial(options.out_dir)
     for number, size in enumerate(sizes[made:], ranks.first_shard + made):
         if number and not tokens.place():
             break
         path = Path(options.out_dir, f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy")
-        for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a run that was killed
-            leftover.unlink()
         with replacing(path) as temporary:
             held = write_shard(temporary, tokens.take(size))
             place = tokens.place()
@@ -569,7 +569,7 @@ def save_shards(tokens, sizes, made, options, ranks, manifest):
         manifest["shards"].append(describe(path))
         manifest["next"][ranks.key] = place
         write_manifest(partial, manifest)
-    manifest["next"][ranks.key] = tokens.place()  # no rank's files need hold a text
+    manifest["next"][ranks.key] = tokens.place()  # also where this rank's files hold no text
     if tokens.place() and not options.max_shards:
         raise UserError(f"more than {len(sizes):,} shards: set --shard_tokens to more")
 
@@ -623,7 +623,7 @@ def counted(stream, options, ranks, source, done, most):
             bar.total = expected
             bar.update(len(tokens))
             yield block, tokens
-            if done > most:  # one more, so that the run can go on there
+            if done > most:  # the token after the last has come: the place to go on from
                 break
 
 
@@ -648,7 +648,7 @@ class TokenStream:
         self.stream, self.block, self.tokens, self.used = iter(stream), None, (), skip
 
     def place(self):
-        """Where the next token is, [file, start of a Block, tokens of it], or None after the last.
+        """Wait for the next token: it is at [file, start of a Block, tokens of it]; else None.
 
         There a run that was stopped goes on.
         """
@@ -838,12 +838,18 @@ def finish(folder, ranks, manifest):
                 (folder / name).unlink()
         check_shards(folder, manifest)
         write_manifest(folder / MANIFEST, manifest)
-        for pattern in (PARTIAL.format("*"), ".edufineweb_*.tmp", ".manifest*.tmp"):
-            for leftover in folder.glob(pattern):
-                leftover.unlink()
+        for part in folder.glob(PARTIAL.format("*")):
+            part.unlink()
         shutil.rmtree(folder / INCOMING, ignore_errors=True)
     ranks.gather()
     return manifest
+
+
+def remove_leftovers(folder):
+    """Remove what a run that was killed had not finished: it would take up room."""
+    for pattern in (".edufineweb_*.tmp", ".manifest*.tmp"):
+        for leftover in folder.glob(pattern):
+            leftover.unlink()
 
 
 def merged(manifests):
@@ -856,7 +862,6 @@ def merged(manifests):
 
 
 def write_manifest(path, manifest):
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_bytes(json.dumps(merged([manifest]), indent=1).encode() + b"\n")
 
@@ -943,6 +948,8 @@ def prepare(options):
         new = not any(ranks.gather(folder.exists()))
         with locked(folder, ranks, new):
             manifest, _ = begin(options, ranks)  # another run may have changed it until now
+            if ranks.rank == 0:
+                remove_leftovers(folder)
             ranks.gather()  # all have looked before any writes
             make = fetch_shards if options.source == "pretokenized" else write_shards
             make(options, ranks, manifest)

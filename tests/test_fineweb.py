@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -1007,21 +1008,65 @@ def test_run_that_fails_keeps_whole_shards_alone_and_can_go_on(
     assert contents(tmp_path / "out") == contents(whole)
 
 
-def test_what_a_killed_run_left_of_a_shard_goes_before_it_is_made_again(corpus, tmp_path):
-    out, shard, write, seen = tmp_path / "out", "train_000003.npy", fineweb.write_shard, []
+def test_what_a_killed_run_left_of_a_shard_goes_before_room_is_asked(corpus, tmp_path):
+    out, seen = tmp_path / "out", []
     assert interrupted(local(corpus, out), step=6, after=True)
-    leftovers = [out / f".edufineweb_{shard}.{pid}.tmp" for pid in (1, 22)]
+    leftovers = [out / f".edufineweb_train_000003.npy.{pid}.tmp" for pid in (1, 22)]
     for leftover in leftovers:
         leftover.write_bytes(b"half")
 
-    def write_shard(path, pieces):
-        if shard in path.name:
-            seen.extend(leftover.exists() for leftover in leftovers)
-        return write(path, pieces)
+    def check_disk(*args):
+        seen.extend(leftover.exists() for leftover in leftovers)
+        return 0
 
-    with patched((fineweb, "write_shard", write_shard)):
+    with patched((fineweb, "check_disk", check_disk)):
         fineweb.prepare(local(corpus, out))
     assert seen == [False, False]
+
+
+def test_folder_that_is_removed_meanwhile_is_not_made_anew(corpus, tmp_path):
+    out, calls, write = tmp_path / "out", itertools.count(1), fineweb.write_shard
+
+    def write_shard(path, pieces):
+        size = write(path, pieces)
+        if next(calls) == 3:
+            shutil.rmtree(out)
+        return size
+
+    with patched((fineweb, "write_shard", write_shard)), pytest.raises(FileNotFoundError):
+        prepare_local(corpus, out)
+    assert not out.exists()
+
+
+def test_failing_run_waits_for_no_room_before_its_writer_and_drops_what_waits():
+    """A second Ctrl-C in such a wait would leave the writer waiting for good."""
+    release, got = threading.Event(), []
+
+    def consume(items):
+        next(items)
+        release.wait()
+        got.extend(items)
+
+    with pytest.raises(KeyboardInterrupt), fineweb.beside(consume) as hand_over:
+        for i in range(1 + fineweb.AHEAD):
+            hand_over(i)
+        threading.Timer(0.2, release.set).start()
+        raise KeyboardInterrupt
+    assert got == []
+
+
+def test_texts_do_not_wait_for_the_disk(corpus, tmp_path):
+    blocks = []
+
+    class TokenStream(fineweb.TokenStream):
+        def place(self):
+            place = super().place()
+            blocks.append(self.block)
+            return place
+
+    with patched((fineweb, "TokenStream", TokenStream)):
+        prepare_local(corpus, tmp_path / "out")
+    assert len(blocks) > 5 and all(block.load is None for block in blocks if block)
 
 
 @pytest.fixture
