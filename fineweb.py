@@ -220,8 +220,12 @@ class Ranks:
         import torch.distributed
 
         values, patience = [None] * self.world, datetime.timedelta(days=30)  # for the slowest rank
-        torch.distributed.monitored_barrier(timeout=patience)
-        torch.distributed.all_gather_object(values, value)
+        try:
+            torch.distributed.monitored_barrier(timeout=patience)
+            torch.distributed.all_gather_object(values, value)
+        except RuntimeError:
+            message = "another process of this run has failed: mend what it says, run it again"
+            raise UserError(message) from None
         return values
 
     def close(self):

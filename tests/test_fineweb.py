@@ -1397,6 +1397,16 @@ def test_torchrun_says_a_mistake_once(tmp_path):
     assert made.stderr.count("error: --input=") == 1 and not (tmp_path / "out").exists()
 
 
+def test_torchrun_tells_a_mistake_in_one_rank_s_files_without_a_traceback(tmp_path):
+    for name, texts in (("a", 400), ("b", 399)):
+        write_jsonl(tmp_path / f"{name}.jsonl", ["some text " * 10] * texts)
+    with open(tmp_path / "b.jsonl", "a") as file:
+        file.write("no JSON")
+    made = torchrun(local(tmp_path / "*.jsonl", tmp_path / "out"))
+    assert f"error: {tmp_path / 'b.jsonl'}, line 400 is no JSON" in made.stderr
+    assert "RuntimeError" not in made.stderr  # of rank 0, which waits for the other
+
+
 # ---------------------------------------------------------------- local files
 
 
