@@ -454,7 +454,7 @@ def bench_memory(options):
             "predicted_over_measured": predicted(*check) / found,
         }
         for card in options.cards:
-            room = card * 63 / 64 - options.reserve  # as hardware.spare_memory has it
+            room = card * (1 - hardware.SPARE) - options.reserve
             fits = [B for B in (2**i for i in range(7)) if predicted(L, B) <= room]
             most = max(fits, default=0)
             told = f"{most} sequences, {predicted(L, most):.1f} GiB" if most else "too little"

@@ -127,9 +127,12 @@ def forget_memory(runtime):
         torch.mps.empty_cache()
 
 
+SPARE = 1 / 64  # of a GPU's memory: NCCL and kernels take some beside torch, fragments are lost
+
+
 def spare_memory(device):
-    """Bytes of a GPU to leave: NCCL and kernels take some beside torch, and fragments are lost."""
-    return torch.cuda.mem_get_info(device)[1] // 64 if device.type == "cuda" else 0
+    """Bytes to leave free when a micro-batch is fitted."""
+    return int(SPARE * torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else 0
 
 
 def fit_micro_batch(model, B, block_size, runtime, resumed=False):

@@ -273,7 +273,7 @@ class Runtime:
 
     def close(self):
         # after an error on one rank NCCL would wait here for the others, which wait for this one
-        if self.world > 1 and not sys.exc_info()[0]:
+        if self.world > 1 and not (sys.exc_info()[0] and self.device.type == "cuda"):
             dist.destroy_process_group()
 
 

@@ -90,10 +90,8 @@ def test_compiled_model_is_cut_at_ddp_s_buckets(run_cli, tmp_path, monkeypatch):
 
 COMPILED_BEFORE_THE_FIRST_STEP = """
 import contextlib
-from dataclasses import replace
 import torch
 import train_gpt2
-from common import to_toml
 
 cfg, _ = train_gpt2.load_config(["two.toml"])
 with contextlib.closing(train_gpt2.Runtime("cpu", "float32")) as runtime:
@@ -122,6 +120,7 @@ def test_nothing_is_compiled_in_the_steps_of_two_ranks(run_cli, tiny_run, tmp_pa
 
 FAILING_ON_ONE_RANK = """
 import contextlib
+import torch
 import torch.distributed as dist
 from common import UserError, run
 from train_gpt2 import Runtime
@@ -130,8 +129,9 @@ def main():
     with contextlib.closing(Runtime("cpu", "float32")) as runtime:
         dist.destroy_process_group = lambda: print(f"rank {runtime.rank} waits for the others")
         if runtime.rank == 1:
+            runtime.device = torch.device("cuda")
             raise UserError("rank 1 is out of memory")
-        runtime.agree(lambda: 0)
+        runtime.sum(torch.ones(1))
 
 run(main)
 """
@@ -149,9 +149,9 @@ def test_rank_that_fails_waits_for_no_other(run_cli, tmp_path, monkeypatch):
 def test_ranks_of_different_precision_are_refused(run_cli, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (tmp_path / "x.py").write_text(
-        "import os, common, train_gpt2\n"
+        "import os, common, torch, train_gpt2\n"
         "dtype = ['bfloat16', 'float16'][int(os.environ['RANK'])]\n"
-        "common.run(lambda: train_gpt2.Runtime('cpu', dtype))\n"
+        "common.run(lambda: train_gpt2.Runtime('cpu', dtype).sum(torch.ones(1)))\n"
     )
     done = run_cli(tmp_path / "x.py", launcher=TORCHRUN)
     assert "error: rank 1 is no GPU like rank 0's: set --dtype=float16" in done.stderr
