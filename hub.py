@@ -5,6 +5,7 @@ to the part that is there, then compares the whole file's checksum with the hub'
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import time
@@ -22,8 +23,10 @@ class Dataset:
         from huggingface_hub import HfApi
 
         self.name = name
-        with fetching(f"the list of files of {name} at {revision}"):
-            info = HfApi().dataset_info(name, revision=revision, files_metadata=True)
+        what = f"the list of files of {name} at {revision}"
+        ask = functools.partial(HfApi().dataset_info, name, revision=revision, files_metadata=True)
+        with fetching(what):
+            info = patiently(what, ask, lambda error: status(error) and may_pass(error))
         self.commit, self.files = info.sha, sorted(info.siblings, key=lambda file: file.rfilename)
         for path in (Path(file.rfilename) for file in self.files):
             if path.is_absolute() or ".." in path.parts:
@@ -96,26 +99,37 @@ class Dataset:
         from huggingface_hub import hf_hub_url
         from huggingface_hub.file_download import http_get
         from huggingface_hub.utils import build_hf_headers
-        from tqdm import tqdm
 
         url = hf_hub_url(self.name, file.rfilename, repo_type="dataset", revision=self.commit)
         # a range of compressed bytes would be of no use
         headers = build_hf_headers() | {"Accept-Encoding": "identity"}
-        pauses, start = iter(PAUSES), -1
-        while True:
+
+        def size():
             if part.seek(0, os.SEEK_END) > file.size:  # it is no part of this file
                 part.truncate(0)
-            size = part.seek(0, os.SEEK_END)
-            if size > start:
-                pauses, start = iter(PAUSES), size
-            try:
-                sizes = dict(resume_size=size, expected_size=file.size)
-                return http_get(url, part, headers=headers, **sizes)
-            except Exception as error:
-                if not may_pass(error) or not (pause := next(pauses, 0)):
-                    raise
-                tqdm.write(f"{file.rfilename}: {reason(error)}: trying again in {pause} s")
-            time.sleep(pause)
+            return part.seek(0, os.SEEK_END)
+
+        def fetch():
+            http_get(url, part, headers=headers, resume_size=size(), expected_size=file.size)
+
+        patiently(file.rfilename, fetch, may_pass, size)
+
+
+def patiently(what, fetch, passes, size=lambda: 0):
+    """fetch(); where its error `passes`, again after PAUSES, anew with each growth of `size`."""
+    from tqdm import tqdm
+
+    pauses, most = iter(PAUSES), -1
+    while True:
+        if (there := size()) > most:
+            pauses, most = iter(PAUSES), there
+        try:
+            return fetch()
+        except Exception as error:
+            if not passes(error) or not (pause := next(pauses, 0)):
+                raise
+            tqdm.write(f"{what}: {reason(error)}: trying again in {pause} s")
+        time.sleep(pause)
 
 
 def checksum(file):
@@ -157,10 +171,15 @@ def check_room(folder, size):
         print(f"to fetch: {size} into {folder}; {free} are free", flush=True)
 
 
+def status(error):
+    """The HTTP status of what a server answered; None if none did."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
 def may_pass(error):
     """Whether it is worth waiting: not for a wrong name, a login, a full disk or a bug."""
-    if status := getattr(getattr(error, "response", None), "status_code", None):
-        return status >= 500 or status in (408, 429)
+    if answer := status(error):
+        return answer >= 500 or answer in (408, 429)
     network = isinstance(error, OSError) or type(error).__module__.startswith("httpx")
     return network and getattr(error, "errno", None) not in DISK
 

@@ -61,7 +61,7 @@ class Hub(ThreadingHTTPServer):
         self.hangs_up = threading.Event()  # until then it stays silent
         self.hangs_up.set()
         self.failing, self.fails_with = (), 500  # how the names end of the files it cannot send
-        self.refuses = {}  # headers of an answer 404 to whatever is asked
+        self.refuses, self.refuses_with = {}, 404  # headers of its answer to whatever is asked
         self.large = (".parquet", ".bin")  # which files have a sha256
         self.heads = []  # (path, token, encoding) of what was asked
         folder.mkdir()
@@ -90,7 +90,7 @@ class Answers(BaseHTTPRequestHandler):
         hub, url = self.server, urllib.parse.urlsplit(self.path)
         hub.heads.append((url.path, self.headers["Authorization"], self.headers["Accept-Encoding"]))
         if hub.refuses:
-            return self.answer(b"", 404, hub.refuses)
+            return self.answer(b"", hub.refuses_with, hub.refuses)
         if match := re.fullmatch("/api/datasets/(.+)/revision/(.+)", url.path):
             assert url.query.lower() == "blobs=true"
             hub.asked = match[1], match[2]
@@ -488,6 +488,31 @@ def test_hub_that_sends_something_each_time_is_not_waited_for_longer(hub, tmp_pa
     with pytest.raises(UserError, match="Connection reset by peer"):
         fetch_again(hub, tmp_path / "x", b"")
     assert waited == [11, 11, 11, 22, 11, 22] and not list(sizes)
+
+
+def test_list_of_files_is_waited_for_as_files_are(hub, tmp_path, monkeypatch, capsys):
+    fill_with_parquet(hub)
+    waited = []
+
+    def sleep(pause):
+        waited.append(pause)
+        hub.refuses = {} if len(waited) == 2 else hub.refuses
+
+    monkeypatch.setattr(fineweb.hub, "PAUSES", (11, 22, 33))
+    monkeypatch.setattr(fineweb.hub.time, "sleep", sleep)
+    hub.refuses, hub.refuses_with = {"X-Request-Id": "Root=1-abc"}, 503
+    prepare_hub(tmp_path / "out", shard_tokens=50)
+    assert waited == [11, 22] and stream(tmp_path / "out") == reference(TEXTS[:40])
+    said = r"the list of files of HuggingFaceFW/fineweb-edu at main: .*503.*: trying again in 11 s"
+    assert re.search(said, capsys.readouterr().out)
+
+
+def test_list_of_files_without_a_network_fails_at_once(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(fineweb.hub, "PAUSES", (11, 22, 33))
+    monkeypatch.setattr(fineweb.hub.time, "sleep", None)
+    hub.server_close()
+    with pytest.raises(UserError, match="cannot fetch the list of files of .*: check its name"):
+        prepare_hub(tmp_path / "out")
 
 
 def answer(status):
