@@ -17,9 +17,7 @@ import functools
 import inspect
 import math
 import os
-import signal
 import sys
-import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +43,16 @@ import hellaswag
 import pretrained
 import runs
 import trackers
-from common import UserError, check_disk, command_line, replacing, run, to_toml, toml_flags
+from common import (
+    UserError,
+    check_disk,
+    command_line,
+    replacing,
+    run,
+    stop_on_signal,
+    to_toml,
+    toml_flags,
+)
 from fineweb import END_OF_TEXT
 from hardware import compile_obstacle, find_device, find_dtype, peak_flops
 
@@ -1043,25 +1050,6 @@ def train_step(model, state, batches, micro_steps, lr, runtime, stop=False, norm
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     return loss, norm, stop > 0
-
-
-@contextlib.contextmanager
-def stop_on_signal():
-    """Yield a function: has SIGINT or SIGTERM come? A second one ends the program at once."""
-    asked = threading.Event()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(number, frame):
-        asked.set()
-        signal.signal(number, before[number])
-
-    try:
-        for number in before:
-            signal.signal(number, ask)
-        yield asked.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def evaluate(state, val_shards, rows, log, runtime):

@@ -511,7 +511,7 @@ def test_list_of_files_without_a_network_fails_at_once(hub, tmp_path, monkeypatc
     monkeypatch.setattr(fineweb.hub, "PAUSES", (11, 22, 33))
     monkeypatch.setattr(fineweb.hub.time, "sleep", None)
     hub.server_close()
-    with pytest.raises(UserError, match="cannot fetch the list of files of .*: check its name"):
+    with pytest.raises(UserError, match=r"cannot fetch the list of files of .*: check its name"):
         prepare_hub(tmp_path / "out")
 
 
