@@ -1,13 +1,11 @@
-"""What the commands share: their errors, how they are called and stopped, and write files."""
+"""What every command here shares: its errors, its command line, and how it writes files."""
 
 import contextlib
 import errno
 import json
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
 import tomllib
 from dataclasses import asdict, fields
@@ -47,28 +45,6 @@ def run(main):
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)  # below a progress bar
         sys.exit(130)
-
-
-@contextlib.contextmanager
-def stop_on_signal():
-    """Yield a function: has SIGINT or SIGTERM come? A second one ends the program at once."""
-    asked = threading.Event()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(number, frame):
-        if not asked.is_set() and os.environ.get("RANK", "0") == "0":
-            with contextlib.suppress(OSError):  # and no print: a signal may have interrupted one
-                os.write(2, b"\nstopping after this step; once more: at once, nothing is saved\n")
-        asked.set()
-        signal.signal(number, before[number])
-
-    try:
-        for number in before:
-            signal.signal(number, ask)
-        yield asked.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def command_line(options, description, args=None, prog=None):

@@ -155,8 +155,11 @@ def fit_micro_batch(model, B, block_size, runtime, resumed=False):
 
     # to come: AdamW's two moments, unless resumed, and DDP's buckets beside gradients
     to_come = 2 * (not resumed) + (runtime.world > 1)
-    held = [torch.empty_like(p) for p in model.parameters() for _ in range(to_come)]
-    held.append(torch.empty(spare_memory(runtime.device), dtype=torch.int8, device=runtime.device))
+    remedy = "its weights and moments alone are too much: take a smaller model"
+    with telling_memory(f"rank {runtime.rank}", remedy):
+        held = [torch.empty_like(p) for p in model.parameters() for _ in range(to_come)]
+        spare = spare_memory(runtime.device)
+        held.append(torch.empty(spare, dtype=torch.int8, device=runtime.device))
     while True:
         fitted = fits()
         model.zero_grad(set_to_none=True)
@@ -222,7 +225,7 @@ def attention_kernel(cfg, runtime):
         return f"attention={cfg.attention}"
     shape = (1, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
     q = torch.zeros(shape, dtype=runtime.dtype, device=runtime.device)
-    kernel = torch.nn.attention.SDPBackend(choose(q, q, q, is_causal=True)).name
+    kernel = torch.nn.attention.SDPBackend(choose(q, q, q, None, cfg.dropout, True)).name
     return f"{kernel.removesuffix('_ATTENTION').lower()} attention"
 
 

@@ -1,9 +1,12 @@
-"""A run's name and folder, how torchrun finds it again, its first words and its last."""
+"""A run's name and folder, how torchrun finds it again, how it stops, its first words and last."""
 
+import contextlib
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -51,6 +54,34 @@ def choose_run_name(cfg, default):
 def checkpoints(folder):
     """The step_*.pt of a run, oldest first, also beyond six digits."""
     return sorted(folder.glob("step_*.pt"), key=lambda path: (len(path.name), path.name))
+
+
+@contextlib.contextmanager
+def stop_on_signal(at_once):
+    """Yield a function: has SIGINT or SIGTERM come? A second one like it ends the program.
+
+    The first calls at_once(), wherever the main thread is.
+    """
+    asked = threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number, frame):
+        signal.signal(number, before[number])
+        if asked.is_set():
+            return
+        asked.set()
+        if os.environ.get("RANK", "0") == "0":
+            with contextlib.suppress(OSError):  # and no print: a signal may have interrupted one
+                os.write(2, b"\nstopping after this step; once more to stop at once\n")
+        at_once()
+
+    try:
+        for number in before:
+            signal.signal(number, ask)
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def introduce(model, loader, micro_steps, max_steps, runtime):

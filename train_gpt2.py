@@ -43,16 +43,7 @@ import hellaswag
 import pretrained
 import runs
 import trackers
-from common import (
-    UserError,
-    check_disk,
-    command_line,
-    replacing,
-    run,
-    stop_on_signal,
-    to_toml,
-    toml_flags,
-)
+from common import UserError, check_disk, command_line, replacing, run, to_toml, toml_flags
 from fineweb import END_OF_TEXT
 from hardware import compile_obstacle, find_device, find_dtype, peak_flops
 
@@ -810,10 +801,11 @@ class Loader:
 @contextlib.contextmanager
 def evaluating(model, runtime):
     """No gradients or dropout, training precision. (In inference_mode autocast caches no casts.)"""
+    was = model.training
     model.eval()
     with torch.no_grad(), runtime.autocast(), hardware.any_shape():
         yield
-    model.train()
+    model.train(was)
 
 
 def validation_windows(cfg, shards):
@@ -1055,34 +1047,40 @@ def train_step(model, state, batches, micro_steps, lr, runtime, stop=False, norm
 def evaluate(state, val_shards, rows, log, runtime):
     """Validation loss, HellaSwag and samples at state.step; the best loss so far writes best.pt."""
     model, cfg, step = state.model, state.model.cfg, f"step {state.step:5d}"
-    loss = evaluate_loss(model, val_shards, cfg, runtime, rows)
-    log.write(state.step, val=loss)
-    runtime.print(f"{step} | val loss {loss:.4f} | perplexity {math.exp(min(loss, 99)):.2f}")
-    if state.step == 0 and not cfg.init_from:
-        return  # an untrained model: its loss is a check, the rest would be noise
-    if loss < state.best and log.write_checkpoint("best.pt", replace(state, best=loss), {}):
-        state.best = loss
-    examples = cfg.hellaswag_examples
-    if examples and (tasks := hellaswag.shared(cfg.hellaswag_path, examples, runtime)):
-        with evaluating(model, runtime):
+    with evaluating(model, runtime):
+        loss = evaluate_loss(model, val_shards, cfg, runtime, rows)
+        log.write(state.step, val=loss)
+        runtime.print(f"{step} | val loss {loss:.4f} | perplexity {math.exp(min(loss, 99)):.2f}")
+        if state.step == 0 and not cfg.init_from:
+            return  # an untrained model: its loss is a check, the rest would be noise
+        if loss < state.best and log.write_checkpoint("best.pt", replace(state, best=loss), {}):
+            state.best = loss
+        examples = cfg.hellaswag_examples
+        if examples and (tasks := hellaswag.shared(cfg.hellaswag_path, examples, runtime)):
             scores = hellaswag.score(model, tasks, runtime)
-        log.write(state.step, hella=scores["acc_norm"])
-        result = "acc_norm {acc_norm:.4f} +- {acc_norm_stderr:.4f} | acc {acc:.4f}"
-        runtime.print(f"{step} | HellaSwag {result.format(**scores)}")
-    if cfg.sample_prompt and runtime.rank == 0:
-        with evaluating(model, runtime):
+            log.write(state.step, hella=scores["acc_norm"])
+            result = "acc_norm {acc_norm:.4f} +- {acc_norm_stderr:.4f} | acc {acc:.4f}"
+            runtime.print(f"{step} | HellaSwag {result.format(**scores)}")
+        if cfg.sample_prompt and runtime.rank == 0:
             for i, text in enumerate(complete(model, cfg.sample_prompt, Sampling(top_k=50), 2, 48)):
                 log.text(state.step, f"sample_{i}", f"{cfg.sample_prompt}{text}")
 
 
-def initial_model(cfg):
-    """A GPT drawn from the seed, or init_from's weights and architecture with the rest of cfg."""
+def initial_model(cfg, begun=None):
+    """A GPT drawn from the seed, or init_from's weights and architecture with the rest of cfg.
+
+    Of a run that is `begun`, a folder, init_from's architecture alone: its checkpoint has weights.
+    """
     torch.manual_seed(cfg.seed)
     if not cfg.init_from:
         return GPT(cfg)
-    source = load_model(cfg.init_from)
-    model = GPT(replace(cfg, **{key: getattr(source.cfg, key) for key in ARCHITECTURE}))
-    model.load_state_dict(source.state_dict())
+    source = None if begun else load_model(cfg.init_from)
+    of = source.cfg if source else load_config([f"{begun}/config.toml"])[0]
+    cfg = replace(cfg, **{key: getattr(of, key) for key in ARCHITECTURE})
+    validate(cfg)
+    model = GPT(cfg)
+    if source:
+        model.load_state_dict(source.state_dict())
     return model
 
 
@@ -1090,12 +1088,14 @@ def set_up(cfg, runtime, shards):
     """What steps need: (TrainState, the model to call, Loader, micro-steps)."""
     hardware.refuse_wrong(cfg, runtime)
     hardware.choose_attention(cfg, runtime)
-    model = initial_model(cfg).to(runtime.device)
+    folder = Path(cfg.log_dir) / cfg.run_name
+    begun = folder if cfg.resume and runs.checkpoints(folder) else None
+    model = initial_model(cfg, begun).to(runtime.device)
     cfg = model.cfg
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     state = TrainState(model, make_optimizer(model, cfg), scaler)
     if cfg.resume:
-        resume(Path(cfg.log_dir) / cfg.run_name, state, runtime)
+        resume(folder, state, runtime)
     fast = runtime.compile(model) if cfg.compile_model else model
     B = cfg.micro_batch_size or hardware.fit_micro_batch(
         fast, largest_micro_batch(cfg, runtime), cfg.block_size, runtime, resumed=state.step > 0
@@ -1122,7 +1122,9 @@ def train(cfg, runtime, check=False):
 
     skipped, stop, batches = 0, False, loader.stream(start, micro_steps)
     norms = trackers.Norms(model) if cfg.log_norms else None
-    with contextlib.closing(log), contextlib.closing(batches), stop_on_signal() as asked:
+    # an evaluation may take more than the 30 s that torchrun waits before it kills
+    stopping = runs.stop_on_signal(lambda: model.training or log.save(state))
+    with contextlib.closing(log), contextlib.closing(batches), stopping as asked:
         clock = time.perf_counter()
         for step in range(start, max_steps + 1):
             last, paused = step == max_steps, time.perf_counter()
@@ -1131,7 +1133,10 @@ def train(cfg, runtime, check=False):
             if step > start and (regular or last or stop):
                 log.save(state)
             if due(step, cfg.eval_interval, last) and (last or not stop):
+                best = state.best
                 evaluate(state, val_shards, max(1, B // 2), log, runtime)  # eager: more memory
+                if last and state.best < best:
+                    log.save(state)  # for the day that max_steps is raised
             if last or stop:
                 break
             clock += time.perf_counter() - paused  # evaluating and saving is not training
@@ -1161,6 +1166,7 @@ def train(cfg, runtime, check=False):
 
 def evaluate_only(cfg, runtime):
     val_shards, rows = TokenShards(cfg.data_dir, "val"), cfg.micro_batch_size or 4
+    hardware.choose_attention(cfg, runtime)
     model = initial_model(cfg).to(runtime.device)
     log = RunLog(None, model, runtime, tokens=0, max_steps=0, start=0)
     evaluate(TrainState(model, None, None), val_shards, rows, log, runtime)
@@ -1172,15 +1178,19 @@ def evaluate_only(cfg, runtime):
 def main():
     check = "--check" in sys.argv
     cfg, name = load_config([word for word in sys.argv[1:] if word != "--check"])
+    if check and cfg.eval_only:
+        raise UserError("--check is for a run that trains: leave it out, or --eval_only")
     trackers.check(cfg)
     if runs.restarted(Path(cfg.log_dir, cfg.run_name)):
         cfg = replace(cfg, resume=True)
     with contextlib.closing(Runtime(cfg.device, cfg.dtype, cfg.rank_timeout)) as runtime:
+        who = f"rank {runtime.rank}"
         if cfg.eval_only:
-            return evaluate_only(cfg, runtime)
+            with hardware.telling_memory(who, "set --micro_batch_size=1, or --device=cpu"):
+                return evaluate_only(cfg, runtime)
         cfg = replace(cfg, run_name=runtime.agree(lambda: runs.choose_run_name(cfg, name)))
         remedy = "halve --micro_batch_size, double grad_accum_steps if set, add --resume=True"
-        with hardware.telling_memory(f"rank {runtime.rank}", remedy):
+        with hardware.telling_memory(who, remedy):
             train(cfg, runtime, check)
 
 

@@ -334,6 +334,12 @@ def test_short_contexts_in_bfloat16_take_the_plain_kernel_on_a_cpu(
     assert hardware.attention_kernel(cfg, runtime) == kernel
 
 
+def test_kernel_is_named_that_dropout_leaves(tiny, kernels, runtime):
+    cfg = replace(tiny, dropout=0.1)  # on a CPU flash attention knows none
+    hardware.choose_attention(cfg, runtime)
+    assert hardware.attention_kernel(cfg, runtime) == "math attention"
+
+
 def test_evaluation_leaves_cudnn_out_unless_it_was_asked_for(tiny, make_model, runtime, kernels):
     enabled = torch.backends.cuda.cudnn_sdp_enabled
     for name, before, within in (("auto", True, False), ("cudnn", True, True), ("flash", False, 0)):

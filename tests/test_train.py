@@ -148,6 +148,28 @@ def test_finetuning_takes_weights_and_architecture_from_a_checkpoint(tiny_run, t
     assert tuned_log["val"][0] == log["val"][8]
 
 
+def test_resumed_finetuning_needs_the_pretrained_weights_no_more(tiny_run, train, after_step):
+    source, _ = train(replace(tiny_run, mlp="relu2"))
+    cfg = replace(tiny_run, checkpoint_interval=3, init_from=str(source / "step_000008.pt"))
+    whole = train(replace(cfg, run_name="whole"))
+    after_step(5, cut_power)
+    with pytest.raises(PowerCut):
+        train(replace(cfg, run_name="tuned"))
+    (source / "step_000008.pt").unlink()
+    tuned = train(replace(cfg, run_name="tuned", resume=True))
+    assert_same_run(tuned, whole, last=8)
+    assert load_model(tuned[0] / "step_000008.pt").cfg.mlp == "relu2"
+
+
+def test_model_of_another_vocabulary_is_asked_nothing_in_gpt2s(tiny_run, train):
+    source, _ = train(tiny_run)
+    cfg = replace(tiny_run, vocab_size=50304, init_from=str(source / "step_000008.pt"))
+    for keys in (dict(sample_prompt="Hello"), dict(hellaswag_examples=4)):
+        with pytest.raises(UserError, match=f"{next(iter(keys))}=.* needs GPT-2's ids; try --"):
+            train(replace(cfg, run_name="tuned", **keys))
+    assert not Path(tiny_run.log_dir, "tuned").exists()
+
+
 @pytest.mark.parametrize("eval_interval", [0, 4])
 def test_commands_shown_at_the_end_name_files_that_are_there(
     tiny_run, train, runtime, monkeypatch, capsys, eval_interval
@@ -164,6 +186,30 @@ def test_signal_handlers_are_given_back(tiny_run, train):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     train(replace(tiny_run, max_steps=1))
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_signal_in_an_evaluation_saves_before_that_ends(tiny_run, train, monkeypatch):
+    """torchrun kills 30 s after the signal that it passes on."""
+    folder, saved = Path(tiny_run.log_dir) / "run", []
+    evaluate_loss = train_gpt2.evaluate_loss
+
+    def long(*args):
+        if runs.checkpoints(folder):  # of step 6, which the second evaluation follows
+            for number in (signal.SIGINT, signal.SIGTERM):  # in a terminal both come
+                signal.raise_signal(number)
+            saved.extend(path.name for path in runs.checkpoints(folder))
+        return evaluate_loss(*args)
+
+    keys = dict(eval_interval=8, checkpoint_interval=6, max_steps=20)
+    monkeypatch.setattr(train_gpt2, "evaluate_loss", long)
+    _, log = train(replace(tiny_run, **keys))
+    assert saved == ["step_000006.pt", "step_000008.pt"] and len(log["train"]) == 9
+    monkeypatch.undo()
+    stopped = load(folder / "step_000008.pt")
+    (folder / "step_000009.pt").unlink()
+    resumed = train(replace(tiny_run, **keys, resume=True))
+    assert stopped["step"] == 8
+    assert_same_run(resumed, train(replace(tiny_run, **keys, run_name="whole")), last=20)
 
 
 # ---------------------------------------------------------------- evaluation
@@ -226,6 +272,15 @@ def test_best_checkpoint_is_that_of_the_lowest_loss_after_a_resume_too(
     best = load(folder / "best.pt")
     assert (best["step"], best["best"]) == (2, 3.0)
     assert best.keys() == {"model", "config", "step", "best"}
+
+
+def test_run_that_is_made_longer_knows_its_best_loss(tiny_run, train, monkeypatch):
+    losses = iter([0.5, 4.0, 3.0, 3.5])  # at steps 0, 4 and 6, the last, then at 8
+    monkeypatch.setattr(train_gpt2, "evaluate_loss", lambda *args: next(losses))
+    folder, _ = train(replace(tiny_run, eval_interval=4, max_steps=6))
+    train(replace(tiny_run, eval_interval=4, max_steps=8, resume=True))
+    best = load(folder / "best.pt")
+    assert (best["step"], best["best"]) == (6, 3.0)
 
 
 def test_best_checkpoint_that_could_not_be_saved_leaves_the_next_a_chance(
@@ -318,6 +373,29 @@ def test_eval_only_names_what_is_missing_before_the_model_is_fetched(
     known = dict(init_from=str(folder / "step_000008.pt"), eval_only=True)
     with pytest.raises(UserError, match=says):
         train_gpt2.evaluate_only(replace(tiny_run, **known | keys), runtime)
+
+
+def test_eval_only_tells_lack_of_memory_takes_the_kernel_and_refuses_check(
+    tiny_run, train, write_toml, monkeypatch
+):
+    folder, _ = train(tiny_run)
+    config = write_toml(replace(tiny_run, init_from=str(folder / "step_000008.pt")))
+    words = ["train_gpt2.py", f"{folder.parents[1] / config}", "--eval_only=True"]
+    monkeypatch.setattr(sys, "argv", [*words, "--check"])
+    with pytest.raises(UserError, match="--check is for a run that trains"):
+        train_gpt2.main()
+    taken = []
+
+    def short(*_):
+        taken.append(torch.backends.cuda.flash_sdp_enabled())
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train_gpt2, "evaluate_loss", short)
+    monkeypatch.setattr(sys, "argv", [*words, "--attention=math"])
+    with pytest.raises(UserError, match="rank 0 is out of memory: set --micro_batch_size=1"):
+        train_gpt2.main()
+    hardware.allow_attention("auto")
+    assert taken == [False]
 
 
 # ---------------------------------------------------------------- where else a run is logged
@@ -670,6 +748,15 @@ def test_ranks_agree_on_the_micro_batch_that_fits_all(fit):
 def test_no_room_for_one_sequence_is_an_error(fit):
     with pytest.raises(UserError, match="memory is short for even one sequence"):
         fit(0, total_batch_size=8192)
+
+
+def test_no_room_for_the_moments_is_an_error_of_its_own(fit, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "empty_like", full)
+    with pytest.raises(UserError, match="rank 0 is out of memory: its weights and moments alone"):
+        fit(8, total_batch_size=8192)
 
 
 def test_micro_batch_on_cpu_is_at_most_four(tiny, runtime):
