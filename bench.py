@@ -128,7 +128,7 @@ def training_data(cfg):
 
     They come from the seed, so every rank can have its own copy.
     """
-    if any(Path(cfg.data_dir).glob("*_train_*")):
+    if fineweb.shard_paths(cfg.data_dir, "train"):
         yield cfg, cfg.data_dir
         return
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:

@@ -149,7 +149,7 @@ class Options:
     shard_tokens: int = 100_000_000  # tokens a shard, 2 bytes each
     val_tokens: int = 0  # validation: the input's first; 0 = a shard of fineweb-edu, else 32,768
     max_shards: int = 0  # most training shards, over all ranks, not counting validation; 0 = all
-    processes: int = 0  # cores that tokenize; 0 = all
+    processes: int = 0  # tiktoken's processes, or gigatoken's threads, at most 4; 0 = as many cores
     tokenizer: Literal["auto", "gigatoken", "tiktoken"] = "auto"  # same tokens; auto = the faster
     verify: str | None = None  # a folder of shards to check against its manifest, nothing else
 
@@ -632,15 +632,23 @@ def counted(stream, options, ranks, source, done, most):
 
 
 def foresee(out_dir, ranks, source, size):
-    """Say how much is to come, and that the disk has room for it; a UserError if not."""
+    """Say how much is to come, and that the disk has room for it; a UserError if not.
+
+    `size` bytes are this rank's; the others make about as many for each byte of their files.
+    """
     from tqdm import tqdm
 
+    own = sum(source.sizes[i] for i in ranks.files(source.sizes))
+    size = int(size * min(ranks.world, sum(source.sizes) / own))
     fetched = source.missing()
     if fetched and os.stat(out_dir).st_dev != os.stat(hub.cache()).st_dev:
         fetched = 0  # to another disk
-    free = check_disk(out_dir, size * ranks.world + fetched)
-    sizes = size // 2 * ranks.world, size * ranks.world, free
-    tokens, size, free = map(tqdm.format_sizeof, sizes)
+    try:
+        free = check_disk(out_dir, size + fetched)
+    except UserError as error:
+        guess = "guessed from the first texts; --max_shards=N asks for no more than that"
+        raise UserError(f"{error} ({guess})") from None
+    tokens, size, free = map(tqdm.format_sizeof, (size // 2, size, free))
     if ranks.rank == 0:  # the bar is on the screen
         tqdm.write(f"to come: about {tokens} tokens, {size}B of shards; {free}B are free")
 
@@ -713,6 +721,11 @@ def fetch_shards(options, ranks, manifest):
             splits[match[1]].append((file, f"edufineweb_{match[0][1:]}"))
     if not all(splits.values()):
         raise UserError(f"{options.dataset} holds no .._val_000000.bin and .._train_000001.bin")
+    paths = {}
+    for file, name in splits["val"] + splits["train"]:
+        if (other := paths.setdefault(name, file.rfilename)) != file.rfilename:
+            twice = f"{other} and {file.rfilename}"
+            raise UserError(f"{options.dataset} holds {twice}, which would have one name here")
     wanted = splits["val"] + splits["train"][: options.max_shards or None]
     whole = len(wanted) == sum(map(len, splits.values()))
     manifest["next"][ranks.key] = None if whole else [len(wanted), 0, 0]

@@ -24,7 +24,8 @@ class Dataset:
 
         self.name = name
         what = f"the list of files of {name} at {revision}"
-        ask = functools.partial(HfApi().dataset_info, name, revision=revision, files_metadata=True)
+        how = dict(revision=revision, files_metadata=True, timeout=60)  # by default it has no end
+        ask = functools.partial(HfApi().dataset_info, name, **how)
         with fetching(what):
             info = patiently(what, ask, lambda error: status(error) and may_pass(error))
         self.commit, self.files = info.sha, sorted(info.siblings, key=lambda file: file.rfilename)

@@ -106,9 +106,7 @@ def local_files(inputs):
         if not given:
             raise UserError("one --input is empty: expected a file, a folder or a glob")
         path = Path(given).expanduser()
-        inside = (
-            path.rglob("*") if path.is_dir() else map(Path, glob.glob(f"{path}", recursive=True))
-        )
+        inside = below(path) if path.is_dir() else map(Path, glob.glob(f"{path}", recursive=True))
         files = {file for file in [path, *inside] if file.is_file()}
         readable = sorted((file for file in files if file_kind(file)), key=Path.as_posix)
         if not readable:
@@ -117,6 +115,18 @@ def local_files(inputs):
             raise UserError(f"--input={given}: {state} {kinds}")
         found.update(dict.fromkeys(readable))
     return list(found)
+
+
+def below(folder):
+    """Yield what lies in a folder, in those in it and those that it links to, each once."""
+    seen = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()  # of two ways to a folder the same is taken everywhere
+        if (place := os.path.realpath(root)) in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        yield from (Path(root, file) for file in files)
 
 
 def file_kind(path):

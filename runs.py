@@ -84,9 +84,14 @@ def stop_on_signal(at_once):
             signal.signal(number, handler)
 
 
-def introduce(model, loader, micro_steps, max_steps, runtime):
+def introduce(state, loader, micro_steps, max_steps, runtime):
     """Say on what, with what and how long the run trains."""
-    cfg, world, tokens = model.cfg, runtime.world, loader.G * loader.T
+    model, world, tokens = state.model, runtime.world, loader.G * loader.T
+    cfg, layout = model.cfg, [len(loader.shards), loader.G]
+    if state.layout not in (None, layout):
+        text = "{:,} tokens of data, {:,} sequences a step"
+        was, now = text.format(*state.layout), text.format(*layout)
+        runtime.print(f"changed: {was}; now {now}: other batches follow than would have")
     name = torch.cuda.get_device_name() if runtime.device.type == "cuda" else runtime.device
     parameters = sum(p.numel() for p in model.parameters())
     runtime.print(

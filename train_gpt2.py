@@ -842,6 +842,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     step: int = 0  # optimizer steps done
     best: float = math.inf  # lowest validation loss so far
+    layout: list | None = None  # tokens of the data, sequences a step: they decide the batches
 
 
 def read_checkpoint(path, whole=False):
@@ -886,7 +887,7 @@ def resume(folder, state, runtime):
             raise UserError(f"{path} does not fit: {' '.join(str(error).split())}") from None
         # empty where the run so far had no float16
         state.scaler.load_state_dict(checkpoint["scaler"] or state.scaler.state_dict())
-        state.step, state.best = checkpoint["step"], checkpoint["best"]
+        state.step, state.best, state.layout = map(checkpoint.get, ("step", "best", "layout"))
         runtime.print(f"continuing {path}: step {state.step}")
         if changed := [text for key, text in differ.items() if key not in ("resume", "run_name")]:
             runtime.print(f"changed: {'; '.join(changed)}")
@@ -956,6 +957,7 @@ class RunLog:
     def save(self, state):
         """Write step_{step}.pt, all that resuming needs; keep the newest keep_checkpoints."""
         more = {"optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict()}
+        more["layout"] = state.layout
         name = f"step_{state.step:06d}.pt"
         if self.write_checkpoint(name, state, more):
             paths = runs.checkpoints(self.folder)  # a torn one of a later step counts for nothing
@@ -1115,7 +1117,8 @@ def train(cfg, runtime, check=False):
         split.windows(np.linspace(0, len(split) - loader.T - 1, 64, dtype=int), cfg)
     folder = Path(cfg.log_dir) / cfg.run_name
     start, max_steps = state.step, cfg.max_steps or loader.steps_per_epoch()
-    runs.introduce(model, loader, micro_steps, max_steps, runtime)
+    runs.introduce(state, loader, micro_steps, max_steps, runtime)
+    state.layout = [len(shards), loader.G]
     if check:
         return hardware.describe(model, folder, runtime)
     log = RunLog(folder, model, runtime, loader.G * loader.T, max_steps, start)
@@ -1184,14 +1187,13 @@ def main():
     if runs.restarted(Path(cfg.log_dir, cfg.run_name)):
         cfg = replace(cfg, resume=True)
     with contextlib.closing(Runtime(cfg.device, cfg.dtype, cfg.rank_timeout)) as runtime:
-        who = f"rank {runtime.rank}"
-        if cfg.eval_only:
-            with hardware.telling_memory(who, "set --micro_batch_size=1, or --device=cpu"):
-                return evaluate_only(cfg, runtime)
-        cfg = replace(cfg, run_name=runtime.agree(lambda: runs.choose_run_name(cfg, name)))
         remedy = "halve --micro_batch_size, double grad_accum_steps if set, add --resume=True"
-        with hardware.telling_memory(who, remedy):
-            train(cfg, runtime, check)
+        remedy = "set --micro_batch_size=1, or --device=cpu" if cfg.eval_only else remedy
+        with hardware.telling_memory(f"rank {runtime.rank}", remedy):
+            if cfg.eval_only:
+                return evaluate_only(cfg, runtime)
+            run_name = runtime.agree(lambda: runs.choose_run_name(cfg, name))
+            train(replace(cfg, run_name=run_name), runtime, check)
 
 
 if __name__ == "__main__":

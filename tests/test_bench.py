@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from preparing import bin_bytes
 
 import bench
 import fineweb
@@ -380,6 +381,13 @@ def test_random_tokens_stand_in_for_shards_and_go_again(name, figures, tiny, mon
     assert written["data"] == f"random tokens: {missing}/ holds no shards"
     assert_positive(written, "tokens_per_s")
     assert list(temporary.iterdir()) == []
+
+
+def test_shards_of_llm_c_are_data_too(tiny, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / f"tiny_shakespeare_{split}.bin").write_bytes(bin_bytes(range(500)))
+    with bench.training_data(replace(tiny, data_dir=str(tmp_path))) as (_, data):
+        assert data == str(tmp_path)
 
 
 def test_loader_is_set_beside_what_training_needs(figures, tiny_run):

@@ -874,6 +874,13 @@ def test_what_is_to_come_is_said_in_tokens_and_bytes(corpus, tmp_path, capsys, m
     )
 
 
+@pytest.mark.parametrize(("sizes", "times"), [([9], 1), ([5, 5], 2), ([6, 2, 2], 5 / 3)])
+def test_ranks_foresee_what_their_files_come_to(tmp_path, capsys, sizes, times):
+    first, *_ = make_ranks(4)
+    fineweb.foresee(tmp_path, first, fineweb.Source("", sizes, None), 6000)
+    assert f"to come: about {3 * times:.2f}k tokens" in capsys.readouterr().out
+
+
 def test_room_is_asked_for_what_is_still_to_come(corpus, tmp_path, monkeypatch, small_blocks):
     asked = []
     monkeypatch.setattr(fineweb, "check_disk", lambda folder, size: asked.append(size) or 0)
@@ -1435,6 +1442,19 @@ def test_inputs_are_read_in_the_order_given_and_once(tmp_path):
         (tmp_path / f"{name}.txt").write_text(f"text of {name}")
     given = [str(tmp_path / "c.txt"), str(tmp_path / "*.txt"), str(tmp_path)]
     assert [path.stem for path in reading.local_files(given)] == ["c", "a", "b"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows lets not everyone make links")
+def test_linked_folders_are_read_each_once(tmp_path):
+    texts, disk = tmp_path / "texts", tmp_path / "disk"
+    for path in (texts / "b" / "x.txt", disk / "y.txt", disk / "deep" / "z.txt"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("text")
+    (texts / "a").symlink_to(disk)
+    (texts / "c").symlink_to(disk)  # again
+    (disk / "deep" / "up").symlink_to(texts)  # and round in a circle
+    found = [path.relative_to(texts).as_posix() for path in reading.local_files([str(texts)])]
+    assert found == ["a/deep/z.txt", "a/y.txt", "b/x.txt"]
 
 
 def test_name_with_glob_characters_is_a_name_first(tmp_path):

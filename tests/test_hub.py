@@ -515,6 +515,25 @@ def test_list_of_files_without_a_network_fails_at_once(hub, tmp_path, monkeypatc
         prepare_hub(tmp_path / "out")
 
 
+def test_list_of_files_is_not_waited_for_without_end(tmp_path, monkeypatch):
+    def silent(*_, timeout=None, **__):
+        assert 0 < timeout <= 60
+        raise httpx.ReadTimeout("The read operation timed out")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", silent)
+    with pytest.raises(UserError, match=r"list of files of me/mine at main \(The read operation"):
+        prepare_hub(tmp_path / "out", dataset="me/mine")
+
+
+def test_shards_that_would_have_one_name_are_refused(hub, tmp_path):
+    fill_with_shards(hub)
+    (hub.folder / "b").mkdir()
+    (hub.folder / "b" / "finewebedu_train_000001.bin").write_bytes(bin_bytes([END_OF_TEXT]))
+    with pytest.raises(UserError, match=r"holds b/.*_000001.bin and fine.*_000001.bin, which"):
+        prepare_hub(tmp_path / "out", source="pretokenized")
+    assert not hub.fetched
+
+
 def answer(status):
     return SimpleNamespace(response=SimpleNamespace(status_code=status))
 

@@ -553,6 +553,18 @@ def test_resumed_run_may_go_further_with_another_learning_rate(tiny_run, train):
     assert [group["weight_decay"] for group in groups] == [0.0, 0.0]
 
 
+def test_resume_with_other_batches_says_so(tiny_run, train, write_shards, tmp_path, capsys):
+    cfg = replace(tiny_run, grad_accum_steps=2, max_steps=2)
+    train(cfg)
+    train(replace(cfg, max_steps=3, resume=True))
+    assert "of data" not in capsys.readouterr().out
+    tokens = np.arange(3000, dtype=np.uint16) % 512
+    more = write_shards(tmp_path / "more", tokens, val=tokens[:600])
+    train(replace(cfg, max_steps=4, resume=True, data_dir=more, grad_accum_steps=3))
+    was, now = "2,077 tokens of data, 8 sequences a step", "3,000 tokens of data, 12 sequences a"
+    assert f"changed: {was}; now {now}" in capsys.readouterr().out
+
+
 def test_resume_with_another_architecture_names_what_differs(tiny_run, train):
     train(tiny_run)
     with pytest.raises(UserError, match=r"n_embd=32, now 64.*mlp=gelu, now swiglu"):
