@@ -150,7 +150,7 @@ class Options:
     val_tokens: int = 0  # validation: the input's first; 0 = a shard of fineweb-edu, else 32,768
     max_shards: int = 0  # most training shards, over all ranks, not counting validation; 0 = all
     processes: int = 0  # tiktoken's processes, or gigatoken's threads, at most 4; 0 = as many cores
-    tokenizer: Literal["auto", "gigatoken", "tiktoken"] = "auto"  # same tokens; auto = the faster
+    tokenizer: Literal["auto", "gigatoken", "tiktoken"] = "auto"  # same tokens; auto: gigatoken
     verify: str | None = None  # a folder of shards to check against its manifest, nothing else
 
 
