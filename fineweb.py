@@ -623,7 +623,7 @@ def counted(stream, options, ranks, source, done, most):
             done += len(tokens)
             expected = int(min(done / block.share, most))
             if bar.total is None:
-                foresee(options.out_dir, ranks, source, 2 * (expected - done + len(tokens)))
+                foresee(options, ranks, source, 2 * (expected - done + len(tokens)))
             bar.total = expected
             bar.update(len(tokens))
             yield block, tokens
@@ -631,7 +631,7 @@ def counted(stream, options, ranks, source, done, most):
                 break
 
 
-def foresee(out_dir, ranks, source, size):
+def foresee(options, ranks, source, size):
     """Say how much is to come, and that the disk has room for it; a UserError if not.
 
     `size` bytes are this rank's; the others make about as many for each byte of their files.
@@ -640,13 +640,15 @@ def foresee(out_dir, ranks, source, size):
 
     own = sum(source.sizes[i] for i in ranks.files(source.sizes))
     size = int(size * min(ranks.world, sum(source.sizes) / own))
+    if options.max_shards:
+        size = min(size, 2 * (options.val_tokens + options.max_shards * options.shard_tokens))
     fetched = source.missing()
-    if fetched and os.stat(out_dir).st_dev != os.stat(hub.cache()).st_dev:
+    if fetched and os.stat(options.out_dir).st_dev != os.stat(hub.cache()).st_dev:
         fetched = 0  # to another disk
     try:
-        free = check_disk(out_dir, size + fetched)
+        free = check_disk(options.out_dir, size + fetched)
     except UserError as error:
-        guess = "guessed from the first texts; --max_shards=N asks for no more than that"
+        guess = "guessed from the first texts; --max_shards=N sets a limit"
         raise UserError(f"{error} ({guess})") from None
     tokens, size, free = map(tqdm.format_sizeof, (size // 2, size, free))
     if ranks.rank == 0:  # the bar is on the screen

@@ -73,6 +73,8 @@ def load(path="", examples=0):
 @functools.cache
 def shared(path, examples, runtime):
     """`load` on every rank, or none with one warning: what cannot be had must not stop a run."""
+    if not examples:
+        return []
     try:
         path = runtime.agree(lambda: find(path))  # one rank downloads
         tasks = load(path, examples)

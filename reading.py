@@ -113,8 +113,9 @@ def local_files(inputs):
             state = f"none of the {len(files):,} files there ends" if files else "no file that ends"
             kinds = f"{', '.join(READERS)} (but for the last also with .gz or .zst)"
             raise UserError(f"--input={given}: {state} {kinds}")
-        found.update(dict.fromkeys(readable))
-    return list(found)
+        for file in readable:
+            found.setdefault(os.path.realpath(file), file)
+    return list(found.values())
 
 
 def below(folder):

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import threading
+import time
 from pathlib import Path
 
 import torch
@@ -58,30 +58,38 @@ def checkpoints(folder):
 
 @contextlib.contextmanager
 def stop_on_signal(at_once):
-    """Yield a function: has SIGINT or SIGTERM come? A second one like it ends the program.
+    """Yield a function: has SIGINT or SIGTERM come? The first one calls at_once(), too.
 
-    The first calls at_once(), wherever the main thread is.
+    Another one ends the program, unless it came within 2 s: torchrun passes on what came to all.
     """
-    asked = threading.Event()
+    asked = []  # when: a list, as a lock might be what another signal interrupts
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(number, frame):
-        signal.signal(number, before[number])
-        if asked.is_set():
-            return
-        asked.set()
-        if os.environ.get("RANK", "0") == "0":
-            with contextlib.suppress(OSError):  # and no print: a signal may have interrupted one
-                os.write(2, b"\nstopping after this step; once more to stop at once\n")
-        at_once()
+        asked.append(time.monotonic())
+        if len(asked) == 1:
+            if os.environ.get("RANK", "0") == "0":
+                with contextlib.suppress(OSError):  # print may be what the signal interrupted
+                    os.write(2, b"\nstopping after this step; once more to stop at once\n")
+            at_once()
+        elif asked[-1] - asked[0] > 2:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
 
     try:
         for number in before:
             signal.signal(number, ask)
-        yield asked.is_set
+        yield lambda: bool(asked)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def telling_memory(cfg, runtime):
+    """Where a device's memory is too little, say what to set."""
+    remedy = "halve --micro_batch_size, double grad_accum_steps if set, add --resume=True"
+    remedy = "set --micro_batch_size=1, or --device=cpu" if cfg.eval_only else remedy
+    return hardware.telling_memory(f"rank {runtime.rank}", remedy)
 
 
 def introduce(state, loader, micro_steps, max_steps, runtime):
@@ -91,7 +99,7 @@ def introduce(state, loader, micro_steps, max_steps, runtime):
     if state.layout not in (None, layout):
         text = "{:,} tokens of data, {:,} sequences a step"
         was, now = text.format(*state.layout), text.format(*layout)
-        runtime.print(f"changed: {was}; now {now}: other batches follow than would have")
+        runtime.print(f"other batches follow than would have: {was} before, now {now}")
     name = torch.cuda.get_device_name() if runtime.device.type == "cuda" else runtime.device
     parameters = sum(p.numel() for p in model.parameters())
     runtime.print(

@@ -2,8 +2,7 @@
 
     python fineweb.py --source=python-docs               # a small corpus that needs no download
     python train_gpt2.py configs/tiny.toml               # a 7M model on it: minutes on a laptop
-    python train_gpt2.py                                 # GPT-2 (124M) on FineWeb-Edu, one GPU
-    python train_gpt2.py configs/gpt2_124m_rope.toml --learning_rate=1.5e-3
+    python train_gpt2.py --learning_rate=1.5e-3          # GPT-2 (124M) on FineWeb-Edu, one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt2.py
     python train_gpt2.py log/gpt2/config.toml --resume=True
     python train_gpt2.py --check                         # can it train here, and with what?
@@ -860,6 +859,8 @@ def read_checkpoint(path, whole=False):
 def load_moments(optimizer, saved):
     """Take the moments from a file; what the config decides, the hyperparameters, stay."""
     groups = optimizer.state_dict()["param_groups"]
+    for group, old in zip(groups, saved["param_groups"], strict=True):
+        group["lr"] = old["lr"]  # the last step's, should no other step follow
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     theirs = {i: moments["exp_avg"].shape for i, moments in saved["state"].items()}
     if theirs and theirs != {i: p.shape for i, p in enumerate(parameters)}:
@@ -1057,8 +1058,7 @@ def evaluate(state, val_shards, rows, log, runtime):
             return  # an untrained model: its loss is a check, the rest would be noise
         if loss < state.best and log.write_checkpoint("best.pt", replace(state, best=loss), {}):
             state.best = loss
-        examples = cfg.hellaswag_examples
-        if examples and (tasks := hellaswag.shared(cfg.hellaswag_path, examples, runtime)):
+        if tasks := hellaswag.shared(cfg.hellaswag_path, cfg.hellaswag_examples, runtime):
             scores = hellaswag.score(model, tasks, runtime)
             log.write(state.step, hella=scores["acc_norm"])
             result = "acc_norm {acc_norm:.4f} +- {acc_norm_stderr:.4f} | acc {acc:.4f}"
@@ -1071,13 +1071,13 @@ def evaluate(state, val_shards, rows, log, runtime):
 def initial_model(cfg, begun=None):
     """A GPT drawn from the seed, or init_from's weights and architecture with the rest of cfg.
 
-    Of a run that is `begun`, a folder, init_from's architecture alone: its checkpoint has weights.
+    Where a run has `begun`, its config.toml has the architecture, and a checkpoint the weights.
     """
     torch.manual_seed(cfg.seed)
     if not cfg.init_from:
         return GPT(cfg)
-    source = None if begun else load_model(cfg.init_from)
-    of = source.cfg if source else load_config([f"{begun}/config.toml"])[0]
+    source = None if begun and begun.exists() else load_model(cfg.init_from)
+    of = source.cfg if source else load_config([str(begun)])[0]
     cfg = replace(cfg, **{key: getattr(of, key) for key in ARCHITECTURE})
     validate(cfg)
     model = GPT(cfg)
@@ -1089,11 +1089,11 @@ def initial_model(cfg, begun=None):
 def set_up(cfg, runtime, shards):
     """What steps need: (TrainState, the model to call, Loader, micro-steps)."""
     hardware.refuse_wrong(cfg, runtime)
-    hardware.choose_attention(cfg, runtime)
     folder = Path(cfg.log_dir) / cfg.run_name
-    begun = folder if cfg.resume and runs.checkpoints(folder) else None
+    begun = cfg.resume and runs.checkpoints(folder) and folder / "config.toml"
     model = initial_model(cfg, begun).to(runtime.device)
     cfg = model.cfg
+    hardware.choose_attention(cfg, runtime)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     state = TrainState(model, make_optimizer(model, cfg), scaler)
     if cfg.resume:
@@ -1125,7 +1125,7 @@ def train(cfg, runtime, check=False):
 
     skipped, stop, batches = 0, False, loader.stream(start, micro_steps)
     norms = trackers.Norms(model) if cfg.log_norms else None
-    # an evaluation may take more than the 30 s that torchrun waits before it kills
+    # an evaluation may take more than the 30 s that torchrun waits before it kills: save first
     stopping = runs.stop_on_signal(lambda: model.training or log.save(state))
     with contextlib.closing(log), contextlib.closing(batches), stopping as asked:
         clock = time.perf_counter()
@@ -1136,6 +1136,8 @@ def train(cfg, runtime, check=False):
             if step > start and (regular or last or stop):
                 log.save(state)
             if due(step, cfg.eval_interval, last) and (last or not stop):
+                if asked():
+                    log.save(state)
                 best = state.best
                 evaluate(state, val_shards, max(1, B // 2), log, runtime)  # eager: more memory
                 if last and state.best < best:
@@ -1169,8 +1171,8 @@ def train(cfg, runtime, check=False):
 
 def evaluate_only(cfg, runtime):
     val_shards, rows = TokenShards(cfg.data_dir, "val"), cfg.micro_batch_size or 4
-    hardware.choose_attention(cfg, runtime)
     model = initial_model(cfg).to(runtime.device)
+    hardware.choose_attention(model.cfg, runtime)
     log = RunLog(None, model, runtime, tokens=0, max_steps=0, start=0)
     evaluate(TrainState(model, None, None), val_shards, rows, log, runtime)
 
@@ -1186,14 +1188,12 @@ def main():
     trackers.check(cfg)
     if runs.restarted(Path(cfg.log_dir, cfg.run_name)):
         cfg = replace(cfg, resume=True)
-    with contextlib.closing(Runtime(cfg.device, cfg.dtype, cfg.rank_timeout)) as runtime:
-        remedy = "halve --micro_batch_size, double grad_accum_steps if set, add --resume=True"
-        remedy = "set --micro_batch_size=1, or --device=cpu" if cfg.eval_only else remedy
-        with hardware.telling_memory(f"rank {runtime.rank}", remedy):
-            if cfg.eval_only:
-                return evaluate_only(cfg, runtime)
-            run_name = runtime.agree(lambda: runs.choose_run_name(cfg, name))
-            train(replace(cfg, run_name=run_name), runtime, check)
+    runtime = Runtime(cfg.device, cfg.dtype, cfg.rank_timeout)
+    with contextlib.closing(runtime), runs.telling_memory(cfg, runtime):
+        if cfg.eval_only:
+            return evaluate_only(cfg, runtime)
+        run_name = runtime.agree(lambda: runs.choose_run_name(cfg, name))
+        train(replace(cfg, run_name=run_name), runtime, check)
 
 
 if __name__ == "__main__":

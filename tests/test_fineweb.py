@@ -858,7 +858,9 @@ def test_bar_counts_tokens_with_rate_and_what_is_left(corpus, tmp_path, screen, 
 
 def test_disk_without_room_is_one_error_before_anything_is_written(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match=r"out needs \S+kB more, 1.00kB are free: free some, or"):
+    with pytest.raises(
+        UserError, match=r"out needs \S+kB more, 1.00kB are free: free some, or .*guessed from"
+    ):
         prepare_local(corpus, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -874,11 +876,22 @@ def test_what_is_to_come_is_said_in_tokens_and_bytes(corpus, tmp_path, capsys, m
     )
 
 
-@pytest.mark.parametrize(("sizes", "times"), [([9], 1), ([5, 5], 2), ([6, 2, 2], 5 / 3)])
-def test_ranks_foresee_what_their_files_come_to(tmp_path, capsys, sizes, times):
-    first, *_ = make_ranks(4)
-    fineweb.foresee(tmp_path, first, fineweb.Source("", sizes, None), 6000)
-    assert f"to come: about {3 * times:.2f}k tokens" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("rank", "sizes", "most", "needed"),
+    [
+        (0, [9], 0, 6000),  # the only file
+        (0, [5, 5], 0, 12_000),
+        (0, [6, 2, 2], 0, 10_000),
+        (3, [18, 2], 0, 24_000),  # a part smaller than most
+        (0, [5, 5], 3, 2 * (10 + 3 * 100)),
+    ],
+)
+def test_ranks_foresee_what_their_files_come_to(tmp_path, monkeypatch, rank, sizes, most, needed):
+    asked = []
+    monkeypatch.setattr(fineweb, "check_disk", lambda folder, size: asked.append(size) or 0)
+    how = dict(out_dir=str(tmp_path), max_shards=most, val_tokens=10, shard_tokens=100)
+    fineweb.foresee(Options(**how), make_ranks(4)[rank], fineweb.Source("", sizes, None), 6000)
+    assert asked == [needed]
 
 
 def test_room_is_asked_for_what_is_still_to_come(corpus, tmp_path, monkeypatch, small_blocks):
@@ -1453,8 +1466,10 @@ def test_linked_folders_are_read_each_once(tmp_path):
     (texts / "a").symlink_to(disk)
     (texts / "c").symlink_to(disk)  # again
     (disk / "deep" / "up").symlink_to(texts)  # and round in a circle
-    found = [path.relative_to(texts).as_posix() for path in reading.local_files([str(texts)])]
-    assert found == ["a/deep/z.txt", "a/y.txt", "b/x.txt"]
+    for folders in ([texts], [texts, disk, disk / "deep"]):
+        found = reading.local_files(map(str, folders))
+        expected = ["a/deep/z.txt", "a/y.txt", "b/x.txt"]
+        assert [path.relative_to(texts).as_posix() for path in found] == expected
 
 
 def test_name_with_glob_characters_is_a_name_first(tmp_path):

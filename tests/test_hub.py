@@ -764,7 +764,8 @@ def test_room_is_for_what_is_to_fetch_too_where_it_goes_to_the_same_disk(tmp_pat
     source = fineweb.Source("", [1], None, missing=lambda: 1000)
     monkeypatch.setattr(fineweb.hub, "cache", lambda: tmp_path)
     [ranks] = make_ranks(1)
-    foresee = functools.partial(fineweb.foresee, tmp_path, ranks, source, 500)
+    options = Options(out_dir=str(tmp_path))
+    foresee = functools.partial(fineweb.foresee, options, ranks, source, 500)
     with patched((shutil, "disk_usage", lambda path: SimpleNamespace(free=1499))):
         with pytest.raises(UserError, match=r"needs 1.50kB more, 1.50kB are free"):
             foresee()

@@ -1,3 +1,4 @@
+import functools
 import importlib.util
 import math
 import os
@@ -159,6 +160,18 @@ def test_resumed_finetuning_needs_the_pretrained_weights_no_more(tiny_run, train
     tuned = train(replace(cfg, run_name="tuned", resume=True))
     assert_same_run(tuned, whole, last=8)
     assert load_model(tuned[0] / "step_000008.pt").cfg.mlp == "relu2"
+    (tuned[0] / "config.toml").unlink()
+    with pytest.raises(UserError, match=r"step_000008.pt is no checkpoint .*No such file"):
+        train(replace(cfg, run_name="tuned", resume=True))
+
+
+def test_kernel_follows_the_context_of_the_model_that_is_trained_on(tiny_run, train, capsys):
+    source, _ = train(tiny_run)
+    cfg = replace(tiny_run, run_name="tuned", block_size=1024, dtype="bfloat16")
+    cfg = replace(cfg, init_from=str(source / "step_000008.pt"))
+    train_gpt2.train(cfg, Runtime("cpu", "bfloat16"))
+    hardware.allow_attention("auto")
+    assert "math attention" in capsys.readouterr().out.split("log/tuned/")[1]
 
 
 def test_model_of_another_vocabulary_is_asked_nothing_in_gpt2s(tiny_run, train):
@@ -188,28 +201,65 @@ def test_signal_handlers_are_given_back(tiny_run, train):
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_signal_in_an_evaluation_saves_before_that_ends(tiny_run, train, monkeypatch):
+def interrupt():
+    for number in (signal.SIGINT, signal.SIGTERM):  # in a terminal torchrun passes on a second
+        signal.raise_signal(number)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_signal_about_an_evaluation_saves_before_that_ends(
+    tiny_run, train, after_step, monkeypatch, before
+):
     """torchrun kills 30 s after the signal that it passes on."""
     folder, saved = Path(tiny_run.log_dir) / "run", []
     evaluate_loss = train_gpt2.evaluate_loss
 
     def long(*args):
         if runs.checkpoints(folder):  # of step 6, which the second evaluation follows
-            for number in (signal.SIGINT, signal.SIGTERM):  # in a terminal both come
-                signal.raise_signal(number)
+            if not before:
+                interrupt()
             saved.extend(path.name for path in runs.checkpoints(folder))
         return evaluate_loss(*args)
 
     keys = dict(eval_interval=8, checkpoint_interval=6, max_steps=20)
+    if before:
+        after_step(8, interrupt)
     monkeypatch.setattr(train_gpt2, "evaluate_loss", long)
     _, log = train(replace(tiny_run, **keys))
     assert saved == ["step_000006.pt", "step_000008.pt"] and len(log["train"]) == 9
     monkeypatch.undo()
-    stopped = load(folder / "step_000008.pt")
     (folder / "step_000009.pt").unlink()
     resumed = train(replace(tiny_run, **keys, resume=True))
-    assert stopped["step"] == 8
     assert_same_run(resumed, train(replace(tiny_run, **keys, run_name="whole")), last=20)
+
+
+def test_signal_in_an_update_saves_when_the_step_is_whole(tiny_run, train, monkeypatch):
+    step, saved = torch.amp.GradScaler.step, []
+
+    def interrupted(scaler, optimizer):
+        told = step(scaler, optimizer)
+        interrupt()
+        saved.append(runs.checkpoints(Path(tiny_run.log_dir) / "run"))
+        return told
+
+    monkeypatch.setattr(torch.amp.GradScaler, "step", interrupted)
+    folder, _ = train(tiny_run)
+    assert saved == [[], []]  # its own step had begun, the next one is told to stop
+    assert [path.name for path in folder.glob("*.pt")] == ["step_000002.pt"]
+
+
+def test_second_signal_ends_the_program_but_for_one_that_came_with_the_first(monkeypatch):
+    saved, times = [], iter([10.0, 11.9, 12.1])
+    monkeypatch.setattr(runs.time, "monotonic", lambda: next(times))
+    before = signal.getsignal(signal.SIGINT)
+    with runs.stop_on_signal(lambda: saved.append(None)) as asked:
+        assert not asked()
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+            assert asked() and saved == [None]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert saved == [None] and signal.getsignal(signal.SIGINT) == before
 
 
 # ---------------------------------------------------------------- evaluation
@@ -334,6 +384,26 @@ def test_evaluation_scores_hellaswag_and_samples(tiny_run, train, capsys):
     told = capsys.readouterr().out
     assert re.search(r"step +1 \| HellaSwag acc_norm 0\.\d+ \+- 0\.\d+ \| acc 0\.\d+", told)
     assert told.count("  > Hello,") == 2
+
+
+def test_all_of_an_evaluation_is_without_dropout_and_training_goes_on_with_it(
+    tiny_run, train, monkeypatch
+):
+    cfg = replace(tiny_run, n_embd=8, vocab_size=50304, max_steps=2, eval_interval=1, dropout=0.5)
+    cfg = replace(cfg, sample_prompt="Hello,", hellaswag_examples=4)
+    cfg = replace(cfg, hellaswag_path=str(ROOT / "tests" / "data" / "hellaswag_own.jsonl"))
+    modes, score, complete = [], hellaswag.score, train_gpt2.complete
+
+    def looked_at(function, model, *args):
+        modes.append(model.training)
+        return function(model, *args)
+
+    monkeypatch.setattr(hellaswag, "score", functools.partial(looked_at, score))
+    monkeypatch.setattr(train_gpt2, "complete", functools.partial(looked_at, complete))
+    step = train_gpt2.train_step
+    monkeypatch.setattr(train_gpt2, "train_step", functools.partial(looked_at, step))
+    train(cfg)
+    assert modes == [True, False, False] * 2
 
 
 def test_eval_only_prints_what_the_trainings_evaluation_did_and_writes_nothing(
@@ -562,7 +632,7 @@ def test_resume_with_other_batches_says_so(tiny_run, train, write_shards, tmp_pa
     more = write_shards(tmp_path / "more", tokens, val=tokens[:600])
     train(replace(cfg, max_steps=4, resume=True, data_dir=more, grad_accum_steps=3))
     was, now = "2,077 tokens of data, 8 sequences a step", "3,000 tokens of data, 12 sequences a"
-    assert f"changed: {was}; now {now}" in capsys.readouterr().out
+    assert f"than would have: {was} before, now {now}" in capsys.readouterr().out
 
 
 def test_resume_with_another_architecture_names_what_differs(tiny_run, train):
