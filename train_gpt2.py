@@ -1133,11 +1133,10 @@ def train(cfg, runtime, check=False):
             last, paused = step == max_steps, time.perf_counter()
             # while steps are skipped, the newest checkpoint stays one from before them
             regular = due(step, cfg.checkpoint_interval, last) and not skipped
-            if step > start and (regular or last or stop):
+            evaluates = due(step, cfg.eval_interval, last) and (last or not stop)
+            if step > start and (regular or last or stop or (evaluates and asked())):
                 log.save(state)
-            if due(step, cfg.eval_interval, last) and (last or not stop):
-                if asked():
-                    log.save(state)
+            if evaluates:
                 best = state.best
                 evaluate(state, val_shards, max(1, B // 2), log, runtime)  # eager: more memory
                 if last and state.best < best:
