@@ -331,7 +331,7 @@ def make_folder(path):
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"profile={path} is no folder that can be made: {error.strerror}") from None
+        raise UserError(f"profile={path} cannot be created: {error.strerror}") from None
 
 
 def step_figures(seconds, tokens, flops, peak):
@@ -352,7 +352,7 @@ def bench_train(options):
     if name != "none" and runtime.world > 1:
         raise UserError(f"against={name} compares on one rank: leave torchrun out")
     if name != "none" and (options.gradient_checkpointing or runtime.dtype == torch.float16):
-        raise UserError(f"against={name} knows no gradient_checkpointing and no dtype=float16")
+        raise UserError(f"against={name} has neither gradient_checkpointing nor dtype=float16")
     if options.profile:  # before the time is spent
         make_folder(options.profile)
     with (

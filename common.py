@@ -15,7 +15,7 @@ import tyro
 
 
 class UserError(Exception):
-    """A mistake the user can mend: one or two lines that say what, where and what to do."""
+    """A mistake the user can fix: one or two lines that say what, where and what to do."""
 
 
 IN_THE_WAY = PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError
@@ -40,7 +40,7 @@ def run(main):
     except OSError as error:
         if error.errno not in DISK:
             raise
-        print(f"error: {error}: mend that and run the same command again", file=sys.stderr)
+        print(f"error: {error}: fix that and run the same command again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)  # below a progress bar
@@ -71,7 +71,7 @@ def toml_flags(path, options):
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"config {path} cannot be read: {error}") from None
     if nested := [key for key, value in values.items() if isinstance(value, dict | list)]:
-        raise UserError(f"config {path}: {nested[0]} is no plain value; write key = value")
+        raise UserError(f"config {path}: {nested[0]} is not a plain value; write key = value")
     args = [f"--{key}={value}" for key, value in values.items()]
     try:
         command_line(options, "", args)

@@ -111,7 +111,7 @@ def _open_npy(path):
     if not (header := NPY_HEADER.match(head)):
         expected = "np.save's header of one row of uint16, a {'descr': '<u2', ...}"
         found = repr(head[:90].rstrip().decode(errors="replace"))
-        raise UserError(f"{path} is no token shard: expected {expected}, found {found}")
+        raise UserError(f"{path} is not a token shard: expected {expected}, found {found}")
     expected = header.end() + 2 * int(header[1])
     if size != expected:
         lengths = f"its header promises {expected:,} bytes, found {size:,}"
@@ -125,7 +125,7 @@ def _open_bin(path):
     if len(header) < BIN_HEADER or header[0] != BIN_MAGIC or header[1] != BIN_VERSION:
         expected = f"a header of {BIN_HEADER} int32 that begins {BIN_MAGIC}, {BIN_VERSION}"
         found = f"{header[:2].tolist()} in {size:,} bytes"
-        raise UserError(f"{path} is no token shard: expected {expected}, found {found}")
+        raise UserError(f"{path} is not a token shard: expected {expected}, found {found}")
     expected = header.nbytes + 2 * int(header[2])
     if size != expected or header[2] < 1:
         lengths = f"its header promises {expected:,} bytes, found {size:,}"
@@ -224,7 +224,7 @@ class Ranks:
             torch.distributed.monitored_barrier(timeout=patience)
             torch.distributed.all_gather_object(values, value)
         except RuntimeError:
-            message = "another process of this run has failed: mend what it says, run it again"
+            message = "another process of this run has failed: fix what it says, run it again"
             raise UserError(message) from None
         return values
 

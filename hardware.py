@@ -27,7 +27,7 @@ def find_device(name, say):
         if name == "cpu" and not torch.version.cuda and shutil.which("nvidia-smi"):
             say("an NVIDIA driver is here, but this torch is for CPUs: see pytorch.org")
     if not {"cuda": gpus, "mps": mps, "cpu": True}.get(name):
-        raise UserError(f"device={name} is not to be had here; try --device=auto")
+        raise UserError(f"device={name} is not available here; try --device=auto")
     rank = int(os.environ.get("LOCAL_RANK", 0))  # 0 on each of them with --virtual-local-rank
     if name == "cuda" and rank >= gpus:
         raise UserError(f"rank {rank} finds no GPU of its own here; try --nproc_per_node={gpus}")
@@ -168,7 +168,7 @@ def fit_micro_batch(model, B, block_size, runtime, resumed=False):
             break
         if B == 1:
             remedy = "try --gradient_checkpointing=True, or lower block_size or n_layer"
-            raise UserError(f"memory is short for even one sequence: {remedy}")
+            raise UserError(f"not even one sequence fits in memory: {remedy}")
         B //= 2
     del held
     forget_memory(runtime)

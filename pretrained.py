@@ -192,7 +192,7 @@ def read(name):
 
 def unreadable(name, error):
     reason = " ".join(f"{type(error).__name__}: {error}".split())
-    return UserError(f"{name} is no GPT-2 or Llama that can be read ({reason[:160]})")
+    return UserError(f"{name} is not a GPT-2 or Llama that can be read ({reason[:160]})")
 
 
 def read_config(path):
@@ -217,7 +217,7 @@ def files(name):
         return find_files(lambda file: Path(name) / file)
     if name not in OPENAI and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
         known = "none of gpt2[-medium|-large|-xl], and no owner/name of the hub"
-        raise UserError(f"{name} is no .pt file, no folder, {known}")
+        raise UserError(f"{name} is not a .pt file, not a folder, {known}")
     from huggingface_hub import errors, hf_hub_download
 
     repository = f"openai-community/{name}" if name in OPENAI else str(name)

@@ -296,7 +296,7 @@ def parse_line(line, column, where):
     except UnicodeDecodeError as error:
         raise not_utf8(f"{where}, byte {error.start + 1:,}", error) from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is no JSON ({error}): mend it or take it out") from None
+        raise UserError(f"{where} is not JSON ({error}): fix it or take it out") from None
     if not isinstance(record, dict) or column not in record:
         found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         found = found or "no field"
@@ -323,7 +323,7 @@ def read_rows(path, column, skip):
                 raise UserError(f"{path}: expected text, found {kind}: see --text_column")
             yield from read_row_groups(file, path, column, skip)
     except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is no whole .parquet file ({error}); fetch it again") from None
+        raise UserError(f"{path} is not a whole .parquet file ({error}); fetch it again") from None
 
 
 ROWS = 16  # to read of a .parquet at a time: nothing tells before how long they will be

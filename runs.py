@@ -99,7 +99,7 @@ def introduce(state, loader, micro_steps, max_steps, runtime):
     if state.layout not in (None, layout):
         text = "{:,} tokens of data, {:,} sequences a step"
         was, now = text.format(*state.layout), text.format(*layout)
-        runtime.print(f"other batches follow than would have: {was} before, now {now}")
+        runtime.print(f"the batches change from here on: {was} before, {now} now")
     name = torch.cuda.get_device_name() if runtime.device.type == "cuda" else runtime.device
     parameters = sum(p.numel() for p in model.parameters())
     runtime.print(

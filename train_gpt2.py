@@ -202,7 +202,7 @@ class Runtime:
             how = {"backend": "nccl", "device_id": self.device} if cuda else {"backend": "gloo"}
             self.meet(how, timedelta(seconds=timeout))
             if self.dtype != self.agree(lambda: self.dtype):  # float16's gradients are scaled
-                raise UserError(f"rank {self.rank} is no GPU like rank 0's: set --dtype=float16")
+                raise UserError(f"rank {self.rank}'s GPU is not like rank 0's: set --dtype=float16")
 
     def meet(self, how, timeout):
         """Join the other ranks. torchrun's store still has the addresses of a life before this."""
@@ -853,7 +853,7 @@ def read_checkpoint(path, whole=False):
         return Config(**checkpoint["config"]), checkpoint
     except Exception as error:  # torn and foreign files meet torch's unpickler in many ways
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{path} is no checkpoint that can be read ({reason[:90]})") from None
+        raise UserError(f"{path} is not a readable checkpoint ({reason[:90]})") from None
 
 
 def load_moments(optimizer, saved):

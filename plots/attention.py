@@ -123,7 +123,7 @@ def main():
     beside = Path(options.model).parent if options.model.endswith(".pt") else Path()
     out = Path(options.out or beside / "attention.png")
     if out.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--out={out} is no picture: its name should end in .png, .svg or .pdf")
+        raise UserError(f"--out={out} is not a picture: its name should end in .png, .svg or .pdf")
     tokens = tokenizer().encode_ordinary(options.text)
     if not tokens:
         raise UserError('--text is empty: try --text="The cat sat on the mat."')

@@ -317,7 +317,7 @@ def main():
         raise UserError("no run is named: python plots/plot.py log/gpt2_124m")
     out = Path(options.out or Path(__file__).parent / "loss_hellaswag.png")
     if out.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--out={out} is no picture: its name should end in .png, .svg or .pdf")
+        raise UserError(f"--out={out} is not a picture: its name should end in .png, .svg or .pdf")
     if options.watch:
         watch(options.runs, out)
     print(draw([read_run(folder) for folder in options.runs], out))

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -26,6 +27,8 @@ from train_gpt2 import GPT, Config, Runtime  # noqa: E402
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start
 os.environ["COLUMNS"] = "200"  # keeps messages unwrapped
+# A script's background job ignores Ctrl-C, and so would every command that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TOGGLES = {  # together they take every value of every architecture toggle
     "gpt2": {},

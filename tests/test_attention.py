@@ -147,7 +147,7 @@ def test_text_that_looks_like_a_formula_is_drawn_as_text(command, tmp_path):
         (["--text="], "text is empty"),
         (
             ["--text=cat", "--out=picture.doc"],
-            r"picture\.doc is no picture: its name should end in",
+            r"picture\.doc is not a picture: its name should end in",
         ),
     ],
 )

@@ -154,7 +154,7 @@ def test_ranks_of_different_precision_are_refused(run_cli, tmp_path, monkeypatch
         "common.run(lambda: train_gpt2.Runtime('cpu', dtype).sum(torch.ones(1)))\n"
     )
     done = run_cli(tmp_path / "x.py", launcher=TORCHRUN)
-    assert "error: rank 1 is no GPU like rank 0's: set --dtype=float16" in done.stderr
+    assert "error: rank 1's GPU is not like rank 0's: set --dtype=float16" in done.stderr
 
 
 @pytest.mark.slow

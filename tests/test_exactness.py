@@ -840,7 +840,7 @@ def test_checkpoint_with_code_in_it_is_skipped_on_resume_and_not_run(tiny_run, t
     hacked = folder / "hacked"
     torch.save(newest(folder) | {"best": Touch(hacked)}, folder / "step_000009.pt")
     train(replace(tiny_run, resume=True, max_steps=10))
-    assert "step_000009.pt is no checkpoint that can be read" in capsys.readouterr().out
+    assert "step_000009.pt is not a readable checkpoint" in capsys.readouterr().out
     assert not hacked.exists()
 
 

@@ -242,7 +242,7 @@ def test_a_llama_without_some_of_its_tensors_or_with_more_is_refused(llama):
     folder = llama[1]
     for layers in (4, 2):
         change_config(folder, num_hidden_layers=layers)
-        with pytest.raises(UserError, match="no GPT-2 or Llama that can be read") as refusal:
+        with pytest.raises(UserError, match="is not a GPT-2 or Llama that can be read") as refusal:
             GPT.from_pretrained(folder)
         assert "model.layers." in str(refusal.value)
 
@@ -293,7 +293,7 @@ def test_weights_in_several_files_are_fetched_from_the_hub_too(tmp_path, monkeyp
 
 @pytest.mark.parametrize("name", ["nowhere", "a/b/c", "../out", "gpt3"])
 def test_what_is_no_name_of_the_hub_is_not_asked_there(name):
-    with pytest.raises(UserError, match=rf"{name} is no \.pt file, no folder, none of gpt2"):
+    with pytest.raises(UserError, match=rf"{name} is not a \.pt file, not a folder, none of gpt2"):
         GPT.from_pretrained(Path(name))
 
 

@@ -917,7 +917,7 @@ def test_disk_that_fills_up_ends_in_one_line_and_can_go_on(corpus, tmp_path, end
 
     with patched((fineweb, "replacing", replacing)):
         code, _, err = end_of_command(*flags(local(corpus, out)))
-    assert code == 2 and re.fullmatch(r"error: .*No space left.*: mend that and run .*\n", err)
+    assert code == 2 and re.fullmatch(r"error: .*No space left.*: fix that and run .*\n", err)
     assert shard not in contents(out)
     assert end_of_command(*flags(local(corpus, out)))[0] == 0
     assert contents(out) == contents(whole)
@@ -1005,7 +1005,7 @@ def test_goes_on_from_the_last_finished_shard(corpus, tmp_path, small_blocks, ca
     assert all(path.stat().st_mtime_ns == made[path] for path in kept)
 
 
-@pytest.mark.parametrize("error", [UserError("line 9 is no JSON"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [UserError("line 9 is not JSON"), KeyboardInterrupt()])
 def test_run_that_fails_keeps_whole_shards_alone_and_can_go_on(
     corpus, tmp_path, small_blocks, error
 ):
@@ -1423,7 +1423,7 @@ def test_torchrun_tells_a_mistake_in_one_rank_s_files_without_a_traceback(tmp_pa
     with open(tmp_path / "b.jsonl", "a") as file:
         file.write("no JSON")
     made = torchrun(local(tmp_path / "*.jsonl", tmp_path / "out"))
-    assert f"error: {tmp_path / 'b.jsonl'}, line 400 is no JSON" in made.stderr
+    assert f"error: {tmp_path / 'b.jsonl'}, line 400 is not JSON" in made.stderr
     assert "RuntimeError" not in made.stderr  # of rank 0, which waits for the other
 
 
@@ -1496,16 +1496,16 @@ def parquet_bytes(table):
 
 
 BAD_INPUT = [
-    ("x.jsonl", GOOD * 2 + b"{oops\n" + GOOD, r"x.jsonl, line 3 is no JSON .*mend it"),
+    ("x.jsonl", GOOD * 2 + b"{oops\n" + GOOD, r"x.jsonl, line 3 is not JSON .*fix it"),
     ("x.jsonl", GOOD + b'{"body": "b", "id": 1}\n', "line 2 has no 'text' but body, id: see --"),
     ("x.jsonl", GOOD + b'["text"]\n', "line 2 has no 'text' but list: see --text_column"),
     ("x.jsonl", GOOD + b'{"text": 7}\n', "line 2: expected text, found int: see --text_column"),
     ("x.jsonl", GOOD + b'{"text": "\xe9"}\n', r"line 2, byte 11: not UTF-8.*convert"),
     ("x.jsonl", GOOD + b'{"text": "e", "x": "\xe9"}\n' + GOOD, "line 2, byte 21: not UTF-8"),
-    ("x.jsonl", GOOD + GOOD.strip() * 2 + b"\n" + GOOD, r"line 2 is no JSON .*Extra data"),
+    ("x.jsonl", GOOD + GOOD.strip() * 2 + b"\n" + GOOD, r"line 2 is not JSON .*Extra data"),
     ("x.jsonl", GOOD + b"{}\n", "line 2 has no 'text' but no field: see --text_column"),
-    ("x.jsonl", GOOD * 9 + b"\n" * 9 + b"{", r"x.jsonl, line 19 is no JSON"),
-    ("x.jsonl", GOOD + b'{"text": "a\nb"}\n', r"line 2 is no JSON"),
+    ("x.jsonl", GOOD * 9 + b"\n" * 9 + b"{", r"x.jsonl, line 19 is not JSON"),
+    ("x.jsonl", GOOD + b'{"text": "a\nb"}\n', r"line 2 is not JSON"),
     ("x.txt", "été\nde\n".encode() + b"l'\xe9t\xe9", r"x.txt, line 3, byte 12 of the file: not"),
     ("x.txt", b"one two\n" * 99 + b"caf\xe9", "line 100, byte 796 of the file: not UTF-8"),
     ("x.md", b"\xff\xfea\0", "x.md, line 1, byte 1 of the file: not UTF-8 .*convert or remove it"),
@@ -1516,8 +1516,8 @@ BAD_INPUT = [
     ("x.jsonl.zst", b"", r"cannot read .*x.jsonl.zst \(cut off: it has no byte of zstd\)"),
     ("x.parquet", parquet_bytes(COLUMN), "x.parquet has no 'text' but body: see --text_column"),
     ("x.parquet", parquet_bytes(NUMBERS), "x.parquet: expected text, found int"),
-    ("x.parquet", parquet_bytes(COLUMN)[:-9], "x.parquet is no whole .parquet file"),
-    ("x.parquet", b"", "x.parquet is no whole .parquet file"),
+    ("x.parquet", parquet_bytes(COLUMN)[:-9], "x.parquet is not a whole .parquet file"),
+    ("x.parquet", b"", "x.parquet is not a whole .parquet file"),
     ("x.csv", b"a,b", r"none of the 1 files there ends \.txt, \.md, \.jsonl, \.parquet"),
 ]
 
@@ -1709,9 +1709,9 @@ def npy_bytes(array):
     [
         ("x.npy", None, "cannot read .*x.npy: No such file"),
         ("x.bin", None, "cannot read .*x.bin: No such file"),
-        ("x.npy", b"", "x.npy is no token shard: expected np.save's header .* found ''"),
+        ("x.npy", b"", "x.npy is not a token shard: expected np.save's header .* found ''"),
         ("x.npy", b"hello, world", r"expected .* one row of uint16.*found 'hello, world'"),
-        ("x.npy", npy_bytes(np.zeros(99, np.uint16))[:100], "x.npy is no token shard: expected"),
+        ("x.npy", npy_bytes(np.zeros(99, np.uint16))[:100], "x.npy is not a token shard: expected"),
         ("x.npy", npy_bytes(np.zeros(99, np.uint16))[:-5], "promises 326 bytes, found 321; delete"),
         ("x.npy", npy_bytes(np.zeros(99, np.uint16)) + b"x", "promises 326 bytes, found 327"),
         ("x.npy", npy_bytes(np.array([{}], dtype=object)), r"found .*'descr': '\|O'"),

@@ -466,5 +466,5 @@ def test_foreign_folder_is_one_clear_error(hugging_face, tmp_path, spoil):
 
 
 def test_unknown_model_name_is_told_what_would_do():
-    with pytest.raises(UserError, match=r"gpt3 is no .*gpt2\[-medium\|-large\|-xl\]"):
+    with pytest.raises(UserError, match=r"gpt3 is not a .*gpt2\[-medium\|-large\|-xl\]"):
         train_gpt2.load_model("gpt3")
