@@ -632,7 +632,10 @@ def test_resume_with_other_batches_says_so(tiny_run, train, write_shards, tmp_pa
     tokens = np.arange(3000, dtype=np.uint16) % 512
     more = write_shards(tmp_path / "more", tokens, val=tokens[:600])
     train(replace(cfg, max_steps=4, resume=True, data_dir=more, grad_accum_steps=3))
-    was, now = "2,077 tokens of data, 8 sequences a step", "3,000 tokens of data, 12 sequences a"
+    was, now = (
+        "2,077 tokens of data, 8 sequences a step",
+        "3,000 tokens of data, 12 sequences a step",
+    )
     assert f"the batches change from here on: {was} before, {now} now" in capsys.readouterr().out
 
 
