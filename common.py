@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -21,11 +22,13 @@ class UserError(Exception):
 IN_THE_WAY = PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError
 HELD = (0.02, 0.1, 0.5) if os.name == "nt" else ()  # seconds that a virus scanner may hold a file
 DISK = [getattr(errno, name, 0) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS")]
+NAMES = [errno.ENAMETOOLONG, errno.ELOOP]
 
 
 def run(main):
     """Call a command's main; a UserError ends it with its message and exit code 2."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character that a text has
+    with contextlib.suppress(AttributeError):  # it may be closed, or a notebook's
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character of a text
     try:
         main()
     except (UserError, *IN_THE_WAY) as error:
@@ -38,13 +41,22 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        if error.errno not in DISK:
+        if error.errno not in DISK + NAMES:
             raise
         print(f"error: {error}: fix that and run the same command again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)  # below a progress bar
         sys.exit(130)
+
+
+def say(*words):
+    """Print at once; output to a full disk is lost and does not end a run."""
+    try:
+        print(*words, flush=True)
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # nobody reads it any more
+            raise
 
 
 def command_line(options, description, args=None, prog=None):
@@ -67,7 +79,7 @@ def command_line(options, description, args=None, prog=None):
 def toml_flags(path, options):
     """The TOML file's `key = value` lines as --key=value flags."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"config {path} cannot be read: {error}") from None
     if nested := [key for key, value in values.items() if isinstance(value, dict | list)]:
@@ -95,6 +107,26 @@ def move(source, target):
             return os.replace(source, target)
         time.sleep(pause)
     os.replace(source, target)
+
+
+def hold(file):
+    """Lock an open file, or return False where another process holds it.
+
+    The system lets go when this one ends, even killed.
+    """
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            os.lseek(file.fileno(), 1 << 30, os.SEEK_SET)  # others may read what is there
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # of any other kind: this file system has no locks
+        return error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+    return True
 
 
 @contextlib.contextmanager
@@ -129,8 +161,38 @@ def check_disk(folder, size):
 
     folder = Path(folder).absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{folder} cannot be written: {there} is no folder, or not yours to change")
     free = shutil.disk_usage(there).free
     if size > free:
         room = f"{tqdm.format_sizeof(size, 'B')} more, {tqdm.format_sizeof(free, 'B')} are free"
         raise UserError(f"{folder} needs {room}: free some, or take another folder")
     return free
+
+
+def read_log(path):
+    """A log.txt, lines of `step stream value`, as {stream: {step: value}}; {} where there is none.
+
+    Where a step repeats (a resumed run) its last line counts. What a kill has torn is left out: a
+    last line without its newline, and a line that has no such three parts.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    streams = {}
+    for line in text.split("\n")[:-1]:
+        with contextlib.suppress(ValueError):
+            step, stream, value = line.split()
+            streams.setdefault(stream, {})[int(step)] = float(value)
+    return streams
+
+
+def quoted(word):
+    """A word of a command to copy, in double quotes where a shell would not take it as it is."""
+    if re.fullmatch(r"[\w@%+=:,./-]+", word := str(word)):
+        return word
+    return '"' + (word if os.name == "nt" else re.sub(r'([\\"$`])', r"\\\1", word)) + '"'
+
+
+def alone(script):
+    """A UserError under torchrun, for a script that is one process."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(f"{script} runs as one process: start it without torchrun")

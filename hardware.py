@@ -51,6 +51,12 @@ def find_dtype(name, device, say):
     return torch.float32
 
 
+def product_dtype(x):
+    """What x is multiplied in: autocast's dtype, or its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def prepare_memory(device):
     """Let a CPU's memory come fast, and a GPU's end where it would be swapped."""
     if device.type == "mps":
@@ -102,7 +108,7 @@ def peak_flops(device, dtype):
 def lacks_memory(error):
     """Whether a RuntimeError tells that a device's memory is full."""
     told = str(error)  # by MPS, the compiler, cuBLAS and the driver in errors of their own
-    words = ("out of memory", "ALLOC_FAILED", "Invalid buffer size")
+    words = ("out of memory", "ALLOC_FAILED", "Invalid buffer size", "can't allocate memory")
     return isinstance(error, torch.OutOfMemoryError) or any(word in told for word in words)
 
 
@@ -135,29 +141,33 @@ def spare_memory(device):
     return int(SPARE * torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else 0
 
 
-def fit_micro_batch(model, B, block_size, runtime, resumed=False):
+def fit_micro_batch(model, B, runtime, resumed=False):
     """B halved until a forward and backward pass of so many sequences fits on every rank."""
     if runtime.device.type == "cpu":
         return B  # short of memory, Linux kills the process: nothing could be caught
 
+    # a step's end adds AdamW's two moments, unless resumed, and what log_norms compares with
+    added = 2 * (not resumed) + model.cfg.log_norms
+
     def fits():
         try:
-            idx = torch.zeros(B, block_size + 1, dtype=torch.long, device=runtime.device)
-            for _ in range(2):  # the second meets the first one's gradients
+            T, held = model.cfg.block_size, []
+            idx = torch.zeros(B, T + 1, dtype=torch.long, device=runtime.device)
+            for _ in range(2):  # the second meets the gradients and what the first step's end adds
                 with runtime.autocast():
                     loss = model(idx[:, :-1], idx[:, 1:])
                 loss.backward()
+                copies = 0 if held else added
+                held += [torch.empty_like(p) for p in model.parameters() for _ in range(copies)]
             return 1.0
         except RuntimeError as error:
             if not lacks_memory(error):
                 raise
             return 0.0
 
-    # to come: AdamW's two moments, unless resumed, and DDP's buckets beside gradients
-    to_come = 2 * (not resumed) + (runtime.world > 1)
-    remedy = "its weights and moments alone are too much: take a smaller model"
+    remedy = "its weights alone are too much: take a smaller model"
     with telling_memory(f"rank {runtime.rank}", remedy):
-        held = [torch.empty_like(p) for p in model.parameters() for _ in range(to_come)]
+        held = [torch.empty_like(p) for p in model.parameters() if runtime.world > 1]  # DDP's
         spare = spare_memory(runtime.device)
         held.append(torch.empty(spare, dtype=torch.int8, device=runtime.device))
     while True:
@@ -179,7 +189,9 @@ def fit_micro_batch(model, B, block_size, runtime, resumed=False):
 def versions():
     """{package: its version} of those that are installed."""
     found = {name: version(name) for name in PACKAGES if importlib.util.find_spec(name)}
-    return found | {"torch": str(torch.__version__)}  # says which CUDA it is for, too
+    found["torch"] = str(torch.__version__)  # says which CUDA it is for, too
+    cudnn = torch.backends.cudnn.version()  # the system's, if LD_LIBRARY_PATH has one
+    return found | ({"cudnn": cudnn} if cudnn else {})
 
 
 def refuse_wrong(cfg, runtime):
@@ -187,6 +199,8 @@ def refuse_wrong(cfg, runtime):
     if runtime.device.type == "mps" and cfg.gradient_checkpointing and cfg.dropout:
         wrong = "gradient_checkpointing=True recomputes with another dropout on MPS"
         raise UserError(f"{wrong} (torch 2.13): set --dropout=0")
+    if cfg.attention == "cudnn" and cfg.dropout:
+        raise UserError("attention=cudnn rounds dropout to sixteenths: set --attention=flash")
 
 
 def choose_attention(cfg, runtime):
@@ -197,6 +211,8 @@ def choose_attention(cfg, runtime):
         allow_attention("math")  # up to twice as fast there, backward above all
     else:
         allow_attention(cfg.attention)
+        if cfg.dropout:  # which cuDNN rounds to sixteenths; from torch 2.12 on it is not taken then
+            torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def allow_attention(name):

@@ -12,18 +12,13 @@ from pathlib import Path
 import torch
 
 import hardware
-from common import UserError
+from common import UserError, hold, quoted
 
 RESTARTS = "torchrun.txt"  # in a run's folder: the torchrun that may restart it
 
 
 def may_restart():
     return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-
-
-def expect_restarts(folder):
-    if may_restart():
-        (folder / RESTARTS).write_text(os.environ["TORCHELASTIC_RUN_ID"])
 
 
 def restarted(folder):
@@ -43,12 +38,32 @@ def choose_run_name(cfg, default):
         raise UserError("--max-restarts needs a --run_name, by which a restart finds its run")
     if cfg.run_name:
         if taken(cfg.run_name) and not cfg.resume:
-            there = f"{cfg.log_dir}/{cfg.run_name}"
+            there = Path(cfg.log_dir) / cfg.run_name
             raise UserError(f"{there}/ holds a run: add --resume=True, or take another --run_name")
         return cfg.run_name
     names = [default, *(f"{default}-{i}" for i in range(2, 10_000))]
     free = next(i for i, name in enumerate(names) if not taken(name))
     return names[max(0, free - 1) if cfg.resume else free]
+
+
+def open_log(folder, resume):
+    """log.txt, opened to append, of a folder that is this process's from now on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "log.txt"
+    torn = path.exists() and not path.read_bytes().endswith(b"\n")
+    mode = "a" if resume else "x"  # of two runs that start at once, one has the name
+    try:
+        file = open(path, mode, buffering=1, encoding="utf-8", newline="\n")  # noqa: SIM115
+    except FileExistsError:
+        raise UserError(f"{folder}/ was taken by another run just now: start again") from None
+    if not hold(file):
+        raise UserError(f"{folder}/ is being trained by another process: let that one end first")
+    file.write("\n" if torn else "")  # a kill may have left half a line
+    for temporary in folder.glob(".*.tmp"):
+        temporary.unlink()  # left by a kill in the middle of a checkpoint
+    if may_restart():
+        (folder / RESTARTS).write_text(os.environ["TORCHELASTIC_RUN_ID"])
+    return file
 
 
 def checkpoints(folder):
@@ -57,10 +72,12 @@ def checkpoints(folder):
 
 
 @contextlib.contextmanager
-def stop_on_signal(at_once):
-    """Yield a function: has SIGINT or SIGTERM come? The first one calls at_once(), too.
+def stop_on_signal(save, in_step):
+    """Yield a function: has SIGINT or SIGTERM come?
 
-    Another one ends the program, unless it came within 2 s: torchrun passes on what came to all.
+    If no step is under way, the first one saves: an evaluation may take more than the 30 s that
+    torchrun waits before it kills. Another one ends the program, unless it came within 2 s, as
+    torchrun passes on what came to all. Output that nobody reads any more, an error, saves too.
     """
     asked = []  # when: a list, as a lock might be what another signal interrupts
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -69,9 +86,11 @@ def stop_on_signal(at_once):
         asked.append(time.monotonic())
         if len(asked) == 1:
             if os.environ.get("RANK", "0") == "0":
+                what = b"step" if in_step() else b"evaluation"
                 with contextlib.suppress(OSError):  # print may be what the signal interrupted
-                    os.write(2, b"\nstopping after this step; once more to stop at once\n")
-            at_once()
+                    os.write(2, b"\nstopping after this %b; once more to stop at once\n" % what)
+            if not in_step():
+                save()
         elif asked[-1] - asked[0] > 2:
             signal.signal(number, before[number])
             signal.raise_signal(number)
@@ -80,16 +99,28 @@ def stop_on_signal(at_once):
         for number in before:
             signal.signal(number, ask)
         yield lambda: bool(asked)
+    except BrokenPipeError:  # Ctrl-C has ended `| tee`, too
+        save()
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def telling_memory(cfg, runtime):
-    """Where a device's memory is too little, say what to set."""
+@contextlib.contextmanager
+def telling_obstacles(cfg, runtime):
+    """Where a device's memory is too little, or torch.compile fails, say what to set."""
     remedy = "halve --micro_batch_size, double grad_accum_steps if set, add --resume=True"
     remedy = "set --micro_batch_size=1, or --device=cpu" if cfg.eval_only else remedy
-    return hardware.telling_memory(f"rank {runtime.rank}", remedy)
+    try:
+        with hardware.telling_memory(f"rank {runtime.rank}", remedy):
+            yield
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason, remedy = str(error).partition("\n")[0], "set --compile_model=False"
+        again = "" if cfg.eval_only else ", and --resume=True where the run has begun"
+        raise UserError(f"torch.compile failed ({reason})\n       {remedy}{again}") from error
 
 
 def introduce(state, loader, micro_steps, max_steps, runtime):
@@ -100,6 +131,8 @@ def introduce(state, loader, micro_steps, max_steps, runtime):
         text = "{:,} tokens of data, {:,} sequences a step"
         was, now = text.format(*state.layout), text.format(*layout)
         runtime.print(f"the batches change from here on: {was} before, {now} now")
+    if state.step >= max_steps:
+        runtime.print(f"step {state.step} is done: for more set --max_steps above {state.step}")
     name = torch.cuda.get_device_name() if runtime.device.type == "cuda" else runtime.device
     parameters = sum(p.numel() for p in model.parameters())
     runtime.print(
@@ -114,10 +147,12 @@ def introduce(state, loader, micro_steps, max_steps, runtime):
     )
 
 
-def python():
-    """How this Python was called, for commands to copy."""
-    here = Path(sys.executable)
-    return here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else "python"
+def command(script, *words):
+    """A command that calls a script of this project, to copy."""
+    here, python, script = Path.cwd(), Path(sys.executable), Path(__file__).parent / script
+    python = python.relative_to(here) if python.is_relative_to(here) else "python"
+    script = script.relative_to(here) if script.is_relative_to(here) else script
+    return " ".join(map(quoted, (python, script, *words)))
 
 
 def finish(folder, cfg, runtime):
@@ -131,7 +166,7 @@ def finish(folder, cfg, runtime):
     model = saved[-1] if saved and not best.exists() else best
     text, twice = cfg.sample_prompt or "Once upon a time", f"{2 * cfg.learning_rate:g}"
     print(f"wrote {folder}/: {', '.join(sorted(p.name for p in folder.iterdir()))}")
-    again = f"{folder}/config.toml --run_name={cfg.run_name}-lr{twice} --learning_rate={twice}"
-    print(f'next:  {python()} sample.py --model={model} --prompt="{text}"')
-    print(f'       {python()} plots/attention.py --model={model} --text="{text}"')
-    print(f"       {python()} train_gpt2.py {again}")
+    again = f"--run_name={cfg.run_name}-lr{twice}", f"--learning_rate={twice}"
+    print("next: ", command("sample.py", f"--model={model}", f"--prompt={text}"))
+    print("      ", command("plots/attention.py", f"--model={model}", f"--text={text}"))
+    print("      ", command("train_gpt2.py", folder / "config.toml", *again))

@@ -42,9 +42,9 @@ import hellaswag
 import pretrained
 import runs
 import trackers
-from common import UserError, check_disk, command_line, replacing, run, to_toml, toml_flags
+from common import UserError, check_disk, command_line, replacing, run, say, to_toml, toml_flags
 from fineweb import END_OF_TEXT
-from hardware import compile_obstacle, find_device, find_dtype, peak_flops
+from hardware import compile_obstacle, find_device, find_dtype, peak_flops, product_dtype
 
 # ---------------------------------------------------------------- configuration
 
@@ -118,7 +118,7 @@ ARCHITECTURE = [
     "norm", "bias", "qkv_bias", "tie_embeddings", "qk_norm", "logit_softcap",
 ]  # fmt: skip
 AT_LEAST_ONE = ["n_layer", "n_head", "n_embd", "block_size", "vocab_size", "total_batch_size",
-    "eval_tokens", "log_interval", "keep_checkpoints", "rank_timeout"]  # fmt: skip
+    "eval_tokens", "log_interval", "keep_checkpoints", "rank_timeout", "rope_theta"]  # fmt: skip
 VOCABULARY = END_OF_TEXT + 1  # ids from here up only pad the matrices
 MAX_SKIPPED = 10  # non-finite steps in a row that end a run
 
@@ -138,9 +138,11 @@ def load_config(argv, kind=Config, about=__doc__):
 def validate(cfg):
     """Refuse impossible values by name, value and remedy, before anything is touched."""
     for key, value in asdict(cfg).items():
-        least = 1 if key in AT_LEAST_ONE else 0
-        if isinstance(value, int | float) and not least <= value < math.inf:
-            raise UserError(f"{key}={value} must be {least} or more, and finite")
+        least, most = int(key in AT_LEAST_ONE), 2**64 if key == "seed" else 2**31
+        if isinstance(value, int | float) and not least <= value < most:
+            raise UserError(f"{key}={value} must be {least} or more, and below {most}")
+        if isinstance(value, str) and value.encode(errors="ignore").decode() != value:
+            raise UserError(f"{key}={value!r} must be UTF-8")
     c, hs, gpt2 = cfg, cfg.n_embd // cfg.n_head, cfg.vocab_size >= VOCABULARY
     rules = {  # what is wrong: whether it is
         f"n_embd={c.n_embd} is not a multiple of n_head={c.n_head}; try {max(1, hs) * c.n_head}":
@@ -149,7 +151,6 @@ def validate(cfg):
             c.pos_embedding == "rope" and hs % 2,
         f"dropout={c.dropout}, beta1={c.beta1} and beta2={c.beta2} must be below 1":
             max(c.dropout, c.beta1, c.beta2) >= 1,
-        f"seed={c.seed} is more than 64 bits; try --seed=1337": c.seed >= 2**64,
         f"vocab_size={c.vocab_size} is more than the 65536 ids that uint16 shards can hold":
             c.vocab_size > 65_536,
         f"hellaswag_examples={c.hellaswag_examples} needs GPT-2's ids; try --hellaswag_examples=0":
@@ -158,7 +159,7 @@ def validate(cfg):
             c.sample_prompt and not gpt2,
         "eval_only=True needs a model; try --init_from=gpt2": c.eval_only and not c.init_from,
         f"run_name={c.run_name!r} must be a single folder name; its place is set by log_dir":
-            Path(c.run_name).name != c.run_name or c.run_name == "..",
+            Path(c.run_name).name != c.run_name or c.run_name == ".." or "\0" in c.run_name,
     }  # fmt: skip
     if wrong := [what for what, holds in rules.items() if holds]:
         raise UserError(wrong[0])
@@ -199,7 +200,8 @@ class Runtime:
         self.synchronize = torch.cuda.synchronize if cuda else lambda: None
         self.peak_memory = torch.cuda.max_memory_allocated if cuda else lambda: 0  # bytes
         if self.world > 1:
-            how = {"backend": "nccl", "device_id": self.device} if cuda else {"backend": "gloo"}
+            nccl = cuda and dist.is_nccl_available()  # not on Windows
+            how = {"backend": "nccl", "device_id": self.device} if nccl else {"backend": "gloo"}
             self.meet(how, timedelta(seconds=timeout))
             if self.dtype != self.agree(lambda: self.dtype):  # float16's gradients are scaled
                 raise UserError(f"rank {self.rank}'s GPU is not like rank 0's: set --dtype=float16")
@@ -220,7 +222,7 @@ class Runtime:
 
     def print(self, *args):
         if self.rank == 0:
-            print(*args, flush=True)
+            say(*args)
 
     def sum(self, tensor):
         """Sum over ranks. (SUM and divide, never AVG: gloo has none.)"""
@@ -277,10 +279,14 @@ class Runtime:
 # ---------------------------------------------------------------- model
 
 
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):
+        return super().forward(x.float())  # torch warns where weight and input differ
+
+
 def make_norm(cfg):
-    if cfg.norm == "rmsnorm":
-        return nn.RMSNorm(cfg.n_embd, eps=1e-5)
-    return nn.LayerNorm(cfg.n_embd, bias=cfg.bias)
+    rms = cfg.norm == "rmsnorm"
+    return RMSNorm(cfg.n_embd, eps=1e-5) if rms else nn.LayerNorm(cfg.n_embd, bias=cfg.bias)
 
 
 def rope_table(cfg):
@@ -393,8 +399,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, head, targets, cap, chunks):
-        device = x.device.type
-        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        low = product_dtype(x)
         w, loss, dx, dw = head.to(low), 0.0, [], None
         ctx.part = 2**-6 if low == torch.float16 else 1  # a sum of all rows would leave its range
         for h, t in zip(x.to(low).chunk(chunks), targets.chunk(chunks), strict=True):
@@ -472,6 +477,8 @@ class GPT(nn.Module):
             rope = self.rope_cos[at].unsqueeze(-3), self.rope_sin[at].unsqueeze(-3)
         if cache is not None:
             cache.position, cache.keys = position, mask.size(-1)
+        if self.training and product_dtype(x) == torch.bfloat16:
+            x = x.bfloat16()  # so is the residual stream then, as in llm.c: half the memory traffic
         x = self.transformer.drop(x)
         recompute = self.cfg.gradient_checkpointing and self.training
         for block in self.transformer.h:
@@ -642,7 +649,8 @@ def complete(model, prompt, how, num_samples=1, max_new_tokens=64, seed=1337, st
     tokens = fineweb.tokenizer().encode_ordinary(prompt) or [END_OF_TEXT]
     idx = torch.tensor(tokens, device=device).repeat(num_samples, 1)
     generator = torch.Generator(device).manual_seed(seed)
-    new = torch.cat(list(generate(model, idx, max_new_tokens, how, generator, step)), dim=1)
+    made = generate(model, idx, max_new_tokens, how, generator, step)
+    new = torch.cat([idx[:, :0], *made], dim=1)
     decode = fineweb.tokenizer().decode
     return [decode([t for t in row if t != END_OF_TEXT]) for row in new.tolist()]
 
@@ -809,7 +817,8 @@ def evaluating(model, runtime):
 
 def validation_windows(cfg, shards):
     if (n := min(cfg.eval_tokens, len(shards) - 1)) < cfg.block_size:
-        raise UserError(f"{n} validation tokens are less than one block_size: see eval_tokens")
+        found = f"{len(shards)} in {cfg.data_dir}/, eval_tokens={cfg.eval_tokens}"
+        raise UserError(f"validation tokens: {found}, but block_size={cfg.block_size} needs more")
     return n // cfg.block_size
 
 
@@ -913,25 +922,18 @@ class RunLog:
         self.trackers = []
         if runtime.rank != 0 or model.cfg.eval_only:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        log = folder / "log.txt"
-        torn = log.exists() and not log.read_bytes().endswith(b"\n")
-        mode = "a" if model.cfg.resume else "x"  # of two runs that start at once, one has the name
-        try:
-            self.file = open(log, mode, buffering=1, encoding="utf-8", newline="\n")  # noqa: SIM115
-        except FileExistsError:
-            raise UserError(f"{folder}/ was taken by another run just now: start again") from None
-        self.file.write("\n" if torn else "")  # a kill may have left half a line
-        for temporary in folder.glob(".*.tmp"):
-            temporary.unlink()  # left by a kill in the middle of a checkpoint
-        runs.expect_restarts(folder)
+        self.file = runs.open_log(folder, model.cfg.resume)
         with replacing(folder / "config.toml") as temporary:
             temporary.write_text(to_toml(model.cfg), encoding="utf-8")
         self.trackers = trackers.open_trackers(model.cfg, folder, start)
 
     def write(self, step, **values):
         if self.file:
-            self.file.write("".join(f"{step} {key} {value!r}\n" for key, value in values.items()))
+            try:
+                self.file.write("".join(f"{step} {key} {x!r}\n" for key, x in values.items()))
+            except OSError as error:  # a full disk's, above all
+                if due(step, self.model.cfg.log_interval, last=False):
+                    self.runtime.print(f"log.txt lacks step {step}: {error}")
         for tracker in self.trackers:
             tracker.log(step, values)
 
@@ -989,7 +991,8 @@ class RunLog:
         for tracker in self.trackers:
             tracker.close()
         if self.file:
-            self.file.close()
+            with contextlib.suppress(OSError):  # what could not be written was told
+                self.file.close()
 
 
 def due(step, interval, last):
@@ -1099,9 +1102,8 @@ def set_up(cfg, runtime, shards):
     if cfg.resume:
         resume(folder, state, runtime)
     fast = runtime.compile(model) if cfg.compile_model else model
-    B = cfg.micro_batch_size or hardware.fit_micro_batch(
-        fast, largest_micro_batch(cfg, runtime), cfg.block_size, runtime, resumed=state.step > 0
-    )
+    most = largest_micro_batch(cfg, runtime)
+    B = cfg.micro_batch_size or hardware.fit_micro_batch(fast, most, runtime, state.step > 0)
     micro_steps, G = batch_layout(cfg, runtime.world, B)
     fast = runtime.parallel(fast, B, cfg.block_size)
     return state, fast, Loader(shards, cfg, runtime, B, G), micro_steps
@@ -1125,8 +1127,7 @@ def train(cfg, runtime, check=False):
 
     skipped, stop, batches = 0, False, loader.stream(start, micro_steps)
     norms = trackers.Norms(model) if cfg.log_norms else None
-    # an evaluation may take more than the 30 s that torchrun waits before it kills: save first
-    stopping = runs.stop_on_signal(lambda: model.training or log.save(state))
+    stopping = runs.stop_on_signal(lambda: log.save(state), lambda: model.training)
     with contextlib.closing(log), contextlib.closing(batches), stopping as asked:
         clock = time.perf_counter()
         for step in range(start, max_steps + 1):
@@ -1158,11 +1159,11 @@ def train(cfg, runtime, check=False):
                 log.save(state)
                 raise UserError(
                     f"{MAX_SKIPPED} steps in a row had a non-finite loss or gradient. {folder}/\n"
-                    f"       holds step {state.step}, from before them: lower learning_rate or set "
-                    "dtype=float32, then --resume=True"
+                    f"       holds step {state.step}, from before them: lower learning_rate or "
+                    "set dtype=float32 or attention=flash, then --resume=True"
                 )
     if stop and state.step < max_steps:
-        again = f"{runs.python()} train_gpt2.py {folder}/config.toml --resume=True"
+        again = runs.command("train_gpt2.py", folder / "config.toml", "--resume=True")
         runtime.print(f"stopped after step {state.step}; to continue: {again}")
     else:
         runs.finish(folder, cfg, runtime)
@@ -1188,7 +1189,7 @@ def main():
     if runs.restarted(Path(cfg.log_dir, cfg.run_name)):
         cfg = replace(cfg, resume=True)
     runtime = Runtime(cfg.device, cfg.dtype, cfg.rank_timeout)
-    with contextlib.closing(runtime), runs.telling_memory(cfg, runtime):
+    with contextlib.closing(runtime), runs.telling_obstacles(cfg, runtime):
         if cfg.eval_only:
             return evaluate_only(cfg, runtime)
         run_name = runtime.agree(lambda: runs.choose_run_name(cfg, name))

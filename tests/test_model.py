@@ -340,6 +340,32 @@ def test_kernel_is_named_that_dropout_leaves(tiny, kernels, runtime):
     assert hardware.attention_kernel(cfg, runtime) == "math attention"
 
 
+def test_dropout_is_kept_from_cudnn_which_rounds_it(tiny, kernels, runtime):
+    for dropout, attention, taken in ((0, "auto", True), (0.1, "auto", False), (0, "cudnn", True)):
+        hardware.choose_attention(replace(tiny, dropout=dropout, attention=attention), runtime)
+        assert torch.backends.cuda.cudnn_sdp_enabled() == taken
+    with pytest.raises(UserError, match="attention=cudnn rounds dropout to sixteenths: set --att"):
+        hardware.refuse_wrong(replace(tiny, dropout=0.1, attention="cudnn"), runtime)
+
+
+def test_residual_stream_is_bfloat16_in_training_alone(tiny, toggles, make_model):
+    """float16 has too small a range for it; evaluation can afford float32."""
+    model, idx, seen = make_model(replace(tiny, **toggles)), tokens(tiny, 2, 16), []
+    for block in model.transformer.h:
+        block.register_forward_hook(lambda block, inputs, output: seen.append(output.dtype))
+    for dtype, training, expected in (
+        (torch.bfloat16, True, torch.bfloat16),
+        (torch.bfloat16, False, torch.float32),
+        (torch.float16, True, torch.float32),
+        (torch.float32, True, torch.float32),
+    ):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            model.train(training)(idx, idx).backward()
+        assert seen == [expected] * tiny.n_layer
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+        seen.clear()
+
+
 def test_evaluation_leaves_cudnn_out_unless_it_was_asked_for(tiny, make_model, runtime, kernels):
     enabled = torch.backends.cuda.cudnn_sdp_enabled
     for name, before, within in (("auto", True, False), ("cudnn", True, True), ("flash", False, 0)):

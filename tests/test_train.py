@@ -1,5 +1,7 @@
+import errno
 import functools
 import importlib.util
+import io
 import math
 import os
 import platform
@@ -253,7 +255,7 @@ def test_second_signal_ends_the_program_but_for_one_that_came_with_the_first(mon
     saved, times = [], iter([10.0, 11.9, 12.1])
     monkeypatch.setattr(runs, "time", SimpleNamespace(monotonic=lambda: next(times)))
     before = signal.getsignal(signal.SIGINT)
-    with runs.stop_on_signal(lambda: saved.append(None)) as asked:
+    with runs.stop_on_signal(lambda: saved.append(None), in_step=lambda: False) as asked:
         assert not asked()
         for _ in range(2):
             signal.raise_signal(signal.SIGINT)
@@ -261,6 +263,94 @@ def test_second_signal_ends_the_program_but_for_one_that_came_with_the_first(mon
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert saved == [None] and signal.getsignal(signal.SIGINT) == before
+
+
+def test_reader_of_the_output_that_ends_costs_no_step(tiny_run, train, after_step, monkeypatch):
+    """As `| tee` does at Ctrl-C, which goes to both."""
+
+    def unread(*_):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    after_step(5, lambda: monkeypatch.setattr(train_gpt2, "say", unread))
+    cfg = replace(tiny_run, log_interval=1)
+    with pytest.raises(BrokenPipeError):
+        train(cfg)
+    folder = Path(cfg.log_dir) / "run"
+    assert [path.name for path in runs.checkpoints(folder)] == ["step_000005.pt"]
+
+
+def test_output_to_a_full_disk_does_not_end_a_run(tiny_run, write_toml, run_cli, tmp_path):
+    name = write_toml(replace(tiny_run, log_interval=1))
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, str(ROOT / "train_gpt2.py"), name]
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE)
+    assert (Path(tiny_run.log_dir) / "run" / "step_000008.pt").exists(), done.stderr
+
+
+def test_log_on_a_full_disk_does_not_end_a_run(tiny_run, train, monkeypatch, capsys):
+    written = []
+
+    class Full(io.StringIO):
+        def write(self, text):
+            if len(written) == 3:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written.append(text)
+
+        def close(self):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def open_log(folder, resume):
+        runs_open_log(folder, resume).close()
+        return Full()
+
+    runs_open_log = runs.open_log
+    monkeypatch.setattr(runs, "open_log", open_log)
+    train(replace(tiny_run, log_interval=4))
+    assert (Path(tiny_run.log_dir) / "run" / "step_000008.pt").exists()
+    told = [line for line in capsys.readouterr().out.splitlines() if "lacks" in line]
+    assert told == ["log.txt lacks step 4: [Errno 28] No space left on device"]
+
+
+@pytest.mark.parametrize("again", ["", "eval_only"])
+def test_compiler_that_fails_is_told_with_what_helps(tiny_run, runtime, again):
+    class InductorError(RuntimeError):
+        __module__ = "torch._inductor.exc"
+
+    cfg = replace(tiny_run, eval_only=bool(again))
+    with pytest.raises(UserError) as told, runs.telling_obstacles(cfg, runtime):
+        raise InductorError("InvalidCxxCompiler: No working C++ compiler\n\nSet TORCH_LOGS")
+    first, second = str(told.value).split("\n")
+    assert first == "torch.compile failed (InvalidCxxCompiler: No working C++ compiler)"
+    assert second.strip().startswith("set --compile_model=False")
+    assert ("--resume=True" in second) == (not again)
+    with pytest.raises(RuntimeError, match="a bug"), runs.telling_obstacles(cfg, runtime):
+        raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize("place", ["file/log", "locked/log"])
+def test_check_tells_where_nothing_can_be_written(tiny_run, runtime, tmp_path, monkeypatch, place):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "locked").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "locked")
+    with pytest.raises(UserError, match=r"cannot be written: .*(file|locked) is no folder, or not"):
+        train_gpt2.train(replace(tiny_run, log_dir=str(tmp_path / place)), runtime, check=True)
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tiny_run, train, runtime):
+    folder, _ = train(tiny_run)
+    cfg = replace(tiny_run, resume=True, max_steps=10)
+    held = runs.open_log(folder, resume=True)
+    with pytest.raises(UserError, match="run/ is being trained by another process: let that one"):
+        train(cfg)
+    held.close()
+    assert len(train(cfg)[1]["train"]) == 10
+
+
+def test_resuming_a_run_that_is_done_says_so(tiny_run, train, capsys):
+    train(tiny_run)
+    assert "is done" not in capsys.readouterr().out
+    train(replace(tiny_run, resume=True, max_steps=5))
+    assert "step 8 is done: for more set --max_steps above 8" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- evaluation
@@ -432,7 +522,7 @@ def test_eval_only_prints_what_the_trainings_evaluation_did_and_writes_nothing(
     [
         (
             dict(eval_tokens=15),
-            "15 validation tokens are less than one block_size: see eval_tokens",
+            r"validation tokens: \d+ in .*, eval_tokens=15, but block_size=16 needs more",
         ),
         (dict(data_dir="nowhere", init_from="nowhere.pt"), "no val shards in nowhere"),
     ],
@@ -784,7 +874,7 @@ def fit(monkeypatch, tiny, runtime, capsys):
         with torch.device("meta"):
             model = GPT(cfg)
         most = largest_micro_batch(cfg, runtime)
-        rows = hardware.fit_micro_batch(model, most, cfg.block_size, runtime, resumed)
+        rows = hardware.fit_micro_batch(model, most, runtime, resumed)
         assert all(p.grad is None for p in model.parameters())
         assert f"micro_batch_size={rows}" in capsys.readouterr().out
         assert rows <= room
@@ -813,17 +903,24 @@ def test_micro_batch_that_fits_divides_every_ranks_share(fit):
         assert rows == expected and G == sequences == rows * micro_steps * world
 
 
+@pytest.mark.parametrize("world, before", [(1, 0), (4, 1)])
 @pytest.mark.parametrize(
-    "world, resumed, copies", [(1, False, 2), (1, True, 0), (4, False, 3), (4, True, 1)]
+    "resumed, log_norms, after", [(False, False, 2), (True, False, 0), (False, True, 3)]
 )
 def test_micro_batch_leaves_room_for_what_is_to_come(
-    fit, monkeypatch, tiny, world, resumed, copies
+    fit, monkeypatch, tiny, world, before, resumed, log_norms, after
 ):
-    """AdamW's moments, unless a resumed run has them, and DDP's buckets."""
-    held, empty_like = [], torch.empty_like
-    monkeypatch.setattr(torch, "empty_like", lambda p: held.append(p.shape) or empty_like(p))
-    fit(1000, world=world, resumed=resumed, total_batch_size=8192)
-    assert sorted(held) == sorted(copies * [p.shape for p in GPT(tiny).parameters()])
+    """DDP's buckets come before the first pass; between the first and the second, as in training,
+    AdamW's moments, unless a resumed run has them, and the copies of log_norms."""
+    happened, empty_like, backward = [], torch.empty_like, torch.Tensor.backward
+    monkeypatch.setattr(torch, "empty_like", lambda p: happened.append(p.shape) or empty_like(p))
+    monkeypatch.setattr(torch.Tensor, "backward", lambda x: happened.append(()) or backward(x))
+    fit(1000, world=world, resumed=resumed, total_batch_size=8192, log_norms=log_norms)
+    shapes = [p.shape for p in GPT(tiny).parameters()]
+    first, second = (i for i, shape in enumerate(happened) if shape == ())
+    assert sorted(happened[:first]) == sorted(before * shapes)
+    assert sorted(happened[first + 1 : second]) == sorted(after * shapes)
+    assert second == len(happened) - 1
 
 
 def test_ranks_agree_on_the_micro_batch_that_fits_all(fit):
@@ -836,20 +933,23 @@ def test_no_room_for_one_sequence_is_an_error(fit):
         fit(0, total_batch_size=8192)
 
 
-def test_no_room_for_the_moments_is_an_error_of_its_own(fit, monkeypatch):
+@pytest.mark.parametrize(
+    "world, told", [(1, "not even one sequence"), (2, "rank 0 is out of memory: its weights alone")]
+)
+def test_no_room_for_moments_or_buckets_is_an_error(fit, monkeypatch, world, told):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(torch, "empty_like", full)
-    with pytest.raises(UserError, match="rank 0 is out of memory: its weights and moments alone"):
-        fit(8, total_batch_size=8192)
+    with pytest.raises(UserError, match=told):
+        fit(8, world=world, total_batch_size=8192)
 
 
 def test_micro_batch_on_cpu_is_at_most_four(tiny, runtime):
     for total, expected in ((16 * 64, 4), (16 * 6, 2), (16 * 3, 1)):
         cfg = replace(tiny, micro_batch_size=0, total_batch_size=total)
         most = largest_micro_batch(cfg, runtime)
-        assert hardware.fit_micro_batch(GPT(cfg), most, 16, runtime) == most == expected
+        assert hardware.fit_micro_batch(GPT(cfg), most, runtime) == most == expected
 
 
 # ---------------------------------------------------------------- devices
