@@ -46,7 +46,7 @@ import hardware
 import hellaswag
 import reading
 import train_gpt2 as gpt
-from common import UserError, command_line, run, write_json
+from common import UserError, alone, command_line, run, write_json
 from pretrained import KINDS
 from sample import best_step, by_columns
 
@@ -407,8 +407,8 @@ class MemoryOptions(gpt.Config):
 def bench_memory(options):
     """peak memory by layers and sequences, from small models, and what fits on which card"""
     runtime = gpt.Runtime(options.device, options.dtype)
-    if runtime.world > 1 or options.init_from:
-        raise UserError("memory is measured on one rank, of new models: no torchrun, no init_from")
+    if options.init_from:
+        raise UserError("memory is measured of new models: leave init_from out")
     with contextlib.closing(runtime), training_data(options) as (cfg, data):
         shards = gpt.TokenShards(cfg.data_dir, "train")
 
@@ -820,6 +820,8 @@ PARTS = {  # the most telling first
     "sample_64": "bench.py sample {model} --max_new_tokens={length} --batch=64",
     "memory": "bench.py memory {config}",
     "eager": "bench.py train {config} {few} --steps={steps} --compile_model=False",
+    "fast_math": "TORCHINDUCTOR_USE_FAST_MATH=1 TORCHINDUCTOR_ONLINE_SOFTMAX=0 "
+    "bench.py train {config} {few}",
     "xl": "bench.py train {xl} --micro_batch_size=4 --grad_accum_steps=2 --steps=3 "
     "--gradient_checkpointing=True --compile_model=False",
     "descent": "TORCHINDUCTOR_COORDINATE_DESCENT_TUNING=1 bench.py train {config} {few}",
@@ -891,13 +893,17 @@ COMMANDS = {
     "sample": (bench_sample, SampleOptions),
     "all": (bench_all, AllOptions),
 }
-AT_LEAST_ONE = ("steps", "tokens", "rounds", "max_new_tokens", "batch")
+AT_LEAST = dict.fromkeys(("steps", "tokens", "rounds", "max_new_tokens", "batch"), 1)
+AT_LEAST |= {"examples": 0, "processes": 0, "shard_tokens": 1, "minutes": 0}
+ON_RANKS = ("train", "precision", "loader")
 
 
 def main():
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch 2.13's profiler tells when it starts
     name, *argv = sys.argv[1:] or [""]
     if name not in COMMANDS:
+        if name and not name.startswith("-"):
+            raise UserError(f"{name} is none of {', '.join(COMMANDS)}")
         print(__doc__)
         for command, (bench, _) in COMMANDS.items():
             print(f"    {command:10} {bench.__doc__}")
@@ -910,8 +916,10 @@ def main():
     else:
         options = command_line(kind, __doc__, argv, prog=f"bench.py {name}")
     for key, value in asdict(options).items():
-        if key in AT_LEAST_ONE and value < 1:
-            raise UserError(f"{key}={value} must be 1 or more")
+        if key in AT_LEAST and not value >= AT_LEAST[key]:
+            raise UserError(f"{key}={value} must be {AT_LEAST[key]} or more")
+    if name not in ON_RANKS:
+        alone(f"bench.py {name}")
     with hardware.telling_memory(name, "halve --micro_batch_size or --batch"):
         figures = bench(options)
     if os.environ.get("RANK", "0") != "0":

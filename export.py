@@ -18,9 +18,10 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from common import UserError, check_disk, command_line, move, run, to_toml
+from common import UserError, alone, check_disk, command_line, move, read_log, run, to_toml
 from fineweb import END_OF_TEXT, TABLE
 from pretrained import KINDS
+from runs import command
 from train_gpt2 import VOCABULARY, load_model, read_checkpoint
 
 
@@ -91,20 +92,13 @@ def run_rows(name):
     if not cfg.grad_accum_steps:  # else tokens depend on the number of ranks
         rows["training tokens"] = f"{steps * cfg.total_batch_size:,}"
     if math.isfinite(best):
-        rows["best validation loss"] = f"{best:.4f} (perplexity {math.exp(best):.2f})"
-    scores = hellaswag_scores(Path(name).with_name("log.txt"))
+        rows["best validation loss"] = f"{best:.4f} (perplexity {math.exp(min(best, 99)):.2f})"
+    scores = read_log(Path(name).with_name("log.txt")).get("hella", {})
     if scored := [step for step in scores if step <= steps]:
         step, examples = max(scored), f"hellaswag_examples={cfg.hellaswag_examples}"
         row = "HellaSwag acc_norm, as build-nanogpt scores it"
         rows[row] = f"{scores[step]:.4f} (step {step:,}, {examples})"
     return rows
-
-
-def hellaswag_scores(log):
-    """{step: acc_norm} of a log.txt; {} if there is none. The last line of a step counts."""
-    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    words = [line.split() for line in text.split("\n")[:-1]]  # what a kill has torn has no end
-    return {int(w[0]): float(w[2]) for w in words if len(w) == 3 and w[1] == "hella"}
 
 
 def model_card(title, name, cfg, kind, parameters):
@@ -188,12 +182,13 @@ def export(name, out_dir):
 
 def main():
     options = command_line(Options, __doc__)
+    alone("export.py")
     export(options.model, options.out_dir)
     files = sorted(Path(options.out_dir).iterdir())
     print(f"wrote {options.out_dir}/ ({sum(f.stat().st_size for f in files) / 1e6:,.0f} MB):")
     print(f"  {', '.join(f.name for f in files)}")
     print(f'read it with AutoModelForCausalLM.from_pretrained("{options.out_dir}")')
-    print(f"or here: python sample.py --model={options.out_dir}")
+    print("or here:", command("sample.py", f"--model={options.out_dir}"))
 
 
 if __name__ == "__main__":

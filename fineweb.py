@@ -30,7 +30,6 @@ import os
 import platform
 import queue
 import re
-import shlex
 import shutil
 import signal
 import threading
@@ -48,7 +47,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 import hub
 import reading
-from common import UserError, check_disk, command_line, move, replacing, run
+from common import UserError, check_disk, command_line, hold, move, quoted, replacing, run
 from reading import PIECE, bounds, count, large_strings, local_files
 
 TABLE = Path(__file__).parent / "assets" / "gpt2.tiktoken"  # `<token in base64> <id>` a line
@@ -622,9 +621,10 @@ def counted(stream, options, ranks, source, done, most):
         for block, tokens in stream:
             done += len(tokens)
             expected = int(min(done / block.share, most))
-            if bar.total is None:
+            enough = done > 1_000_000 or block.share > 0.01  # to guess the rest from
+            if enough and not bar.total:
                 foresee(options, ranks, source, 2 * (expected - done + len(tokens)))
-            bar.total = expected
+            bar.total = expected if enough else None
             bar.update(len(tokens))
             yield block, tokens
             if done > most:  # the token after the last has come: the place to go on from
@@ -810,16 +810,8 @@ def locked(folder, ranks, new):
     folder.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         try:
-            if os.name == "nt":
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                raise OSError("its lock was just deleted")
+            if not (hold(file) and os.path.samestat(os.fstat(file.fileno()), path.stat())):
+                raise FileNotFoundError("it was deleted just before it was locked")
         except OSError:
             message = f"another run is making {folder} now: let it end, or choose another"
             raise UserError(f"{message} --out_dir") from None
@@ -985,7 +977,7 @@ def report(folder, manifest):
     epoch = f", {steps:,} steps an epoch at {GPT2_BATCH:,} tokens a step" if steps > 100 else ""
     print(f"{folder}: {split}, {manifest['tokens']:,} tokens{epoch}")
     config = "configs/tiny.toml " if sum(train) < 10_000_000 else ""
-    print(f"train on it: python train_gpt2.py {config}--data_dir={shlex.quote(str(folder))}")
+    print(f"train on it: python train_gpt2.py {config}--data_dir={quoted(folder)}")
 
 
 def main():

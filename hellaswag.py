@@ -90,12 +90,14 @@ def parse(line, where):
     """One line of the file as a dict with a context, four endings and an integer label."""
     try:
         task = json.loads(line)
-        task["label"] = int(task["label"])  # some copies of the data write it as a string
+        # some copies of the data write it as a string
+        task["label"] = ["0", "1", "2", "3"].index(str(task["label"]))
         texts = [task["ctx"], *task["endings"]]
         whole = len(texts) == 5 and all(isinstance(text, str) and text for text in texts)
+        whole = whole and isinstance(task["endings"], list)
     except (ValueError, KeyError, TypeError):
         whole = False
-    if not whole or task["label"] not in range(4):
+    if not whole:
         raise UserError(f"{where}: expected a JSON object with ctx, 4 endings and a label 0 to 3")
     return task
 

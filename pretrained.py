@@ -185,7 +185,8 @@ def read(name):
         weights = kind.from_theirs(weights, sizes["n_layer"])
         if sizes["tie_embeddings"]:
             weights["lm_head.weight"] = weights["transformer.wte.weight"]
-        return sizes | kind.toggles, weights
+        # GPT-2 has these, whatever the defaults of Config were changed to
+        return dict(bias=True, qkv_bias=True) | sizes | kind.toggles, weights
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise unreadable(name, error) from None
 
@@ -213,11 +214,12 @@ def read_config(path):
 
 def files(name):
     """config.json and the safetensors files of a folder, or of a model on the Hugging Face hub."""
-    if Path(name).is_dir():
-        return find_files(lambda file: Path(name) / file)
+    if name and Path(name).is_dir():
+        there = {path.name: path for path in Path(name).iterdir()}
+        return find_files(there.get)
     if name not in OPENAI and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
         known = "none of gpt2[-medium|-large|-xl], and no owner/name of the hub"
-        raise UserError(f"{name} is not a .pt file, not a folder, {known}")
+        raise UserError(f"{name or 'an empty name'} is not a .pt file, not a folder, {known}")
     from huggingface_hub import errors, hf_hub_download
 
     repository = f"openai-community/{name}" if name in OPENAI else str(name)
@@ -225,8 +227,10 @@ def files(name):
     def fetch(file):
         try:
             return Path(hf_hub_download(repository, file))
+        except errors.LocalEntryNotFoundError:  # an EntryNotFoundError, too: there is no network
+            raise
         except errors.EntryNotFoundError:
-            return Path(file)  # which is not there
+            return None
 
     try:
         return find_files(fetch)
@@ -237,9 +241,17 @@ def files(name):
 
 
 def find_files(get):
-    """get(file's name) -> its path. One file of weights, or an index of several."""
-    config, weights = get("config.json"), get("model.safetensors")
-    if weights.exists() or not (index := get("model.safetensors.index.json")).exists():
+    """get(file's name) -> its path, or None. One file of weights, or an index of several."""
+
+    def needed(file):
+        if not (path := get(file)):
+            raise FileNotFoundError(f"{file} is not there")
+        return path
+
+    config = needed("config.json")
+    if weights := get("model.safetensors"):
         return config, [weights]
+    if not (index := get("model.safetensors.index.json")):
+        return config, [needed("model.safetensors")]
     shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return config, [get(shard) for shard in sorted(set(shards))]
+    return config, [needed(shard) for shard in sorted(set(shards))]

@@ -105,7 +105,7 @@ def local_files(inputs):
     for given in inputs:
         if not given:
             raise UserError("one --input is empty: expected a file, a folder or a glob")
-        path = Path(given).expanduser()
+        path = Path(os.path.expanduser(given))
         inside = below(path) if path.is_dir() else map(Path, glob.glob(f"{path}", recursive=True))
         files = {file for file in [path, *inside] if file.is_file()}
         readable = sorted((file for file in files if file_kind(file)), key=Path.as_posix)
@@ -313,7 +313,11 @@ def read_rows(path, column, skip):
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+        how = dict(pre_buffer=False, buffer_size=1 << 20)
+        with (
+            pyarrow.OSFile(os.fsencode(path)) as opened,  # whatever bytes its name has
+            pyarrow.parquet.ParquetFile(opened, **how) as file,
+        ):
             if file.schema_arrow.names.count(column) != 1:
                 found = ", ".join(file.schema_arrow.names)
                 raise UserError(f"{path} has no {column!r} but {found}: see --text_column")

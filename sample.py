@@ -10,7 +10,6 @@ max_new_tokens. Of a long prompt it reads the last block_size tokens.
 """
 
 import codecs
-import os
 import sys
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
@@ -18,7 +17,8 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from common import UserError, command_line, run
+import hardware
+from common import UserError, alone, command_line, run
 from fineweb import END_OF_TEXT, tokenizer
 from train_gpt2 import (
     VOCABULARY,
@@ -161,14 +161,14 @@ def main():
     flags = ["--interactive=True" if flag == "--interactive" else flag for flag in sys.argv[1:]]
     options = command_line(Options, __doc__, flags)
     how = sampling(options)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("sample.py writes one text: start it without torchrun")
+    alone("sample.py")
     if options.interactive and options.prompt:
         raise UserError("--interactive asks for prompts: leave --prompt out")
     runtime = Runtime(options.device, options.dtype)
     model = by_columns(load_text_model(options.model, runtime.device))
     prompts = iter(typed_prompt, "") if options.interactive else [options.prompt]
-    with evaluating(model, runtime):
+    remedy = "lower --num_samples or --max_new_tokens"
+    with hardware.telling_memory("sample.py", remedy), evaluating(model, runtime):
         for i, prompt in enumerate(prompts):
             show(model, prompt, how, options, options.seed + i)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # train_gpt2.py is one folder up
 import torch
 
-from common import UserError, command_line, run
+from common import UserError, command_line, replacing, run
 from fineweb import tokenizer
 from sample import load_text_model
 
@@ -144,7 +144,8 @@ def main():
     fig.suptitle(title, fontsize=11)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        fig.savefig(out, dpi=150)
+        with replacing(out) as temporary:
+            fig.savefig(temporary, format=out.suffix[1:], dpi=150)
     except OSError as error:
         raise UserError(f"--out={out} cannot be written: {error}") from None
     print(f"wrote {out}")

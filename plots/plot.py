@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # common.py is one folder up
-from common import UserError, command_line, replacing, run
+from common import UserError, command_line, read_log, replacing, run
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart (their yellow is too pale).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -56,42 +56,31 @@ class NoLoss(UserError):
     """A log in which the first loss is still to come."""
 
 
-def read_log(path):
-    """A log.txt, lines of `step stream value`, as {stream: (steps, values)} in the order of steps.
-
-    Where a step repeats (a resumed run) its last line counts. What a kill has torn is left out: a
-    last line without its newline, and a line that has no such three parts.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; name the folder of a run") from None
-    streams = {}
-    for line in lines:
-        try:
-            step, stream, value = line.split()
-            streams.setdefault(stream, {})[int(step)] = float(value)
-        except ValueError:
-            continue
+def read_streams(path):
+    """A log.txt as {stream: (steps, values)} in the order of steps."""
+    if not path.exists():
+        raise UserError(f"cannot read {path}: there is no such file; name the folder of a run")
     return {
         stream: (np.array(sorted(points)), np.array([points[step] for step in sorted(points)]))
-        for stream, points in streams.items()
+        for stream, points in read_log(path).items()
     }
 
 
 def read_run(folder):
     folder = Path(folder)
     log, config = folder / "log.txt", folder / "config.toml"
-    streams = read_log(log)
+    streams = read_streams(log)
     if not streams.keys() & {"train", "val"}:
         raise NoLoss(f"{log} holds no loss yet: expected lines such as `0 train 10.95`")
     try:
         settings = tomllib.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{config} is not TOML: {error}") from None
+    name = folder.resolve().name.replace("$", r"\$")  # else matplotlib reads it as a formula
+    edu = "edu_fineweb" in str(settings.get("data_dir"))
     # With grad_accum_steps the batch also depends on the number of ranks, which nothing records.
     batch = 0 if settings.get("grad_accum_steps") else settings.get("total_batch_size", 0)
-    return Run(folder.resolve().name, streams, batch, "edu_fineweb" in settings.get("data_dir", ""))
+    return Run(name, streams, batch if isinstance(batch, int) else 0, edu)
 
 
 # ---------------------------------------------------------------- drawing

@@ -1,5 +1,7 @@
+import errno
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,6 +134,20 @@ def test_text_is_cut_to_what_model_and_picture_hold_and_that_is_said(command, dr
     printed = command(f"--text={'cat ' * 100}").splitlines()
     assert printed[0] == "the text has 101 tokens; only the first 16 are drawn"
     assert drawn[0].axes[0].images[0].get_array().shape == (16, 16)
+
+
+def test_picture_is_whole_or_as_before(command, tmp_path, monkeypatch):
+    out = tmp_path / "keep.png"
+    out.write_bytes(b"old")
+
+    def savefig(figure, path, **how):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    with pytest.raises(UserError, match=r"keep\.png cannot be written: .*File too large"):
+        command("--text=cat", f"--out={out}")
+    assert out.read_bytes() == b"old" and not list(tmp_path.glob("*.tmp"))
 
 
 def test_text_that_looks_like_a_formula_is_drawn_as_text(command, tmp_path):

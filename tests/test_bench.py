@@ -57,12 +57,28 @@ def test_no_command_lists_them_all_and_fails(run_cli):
     assert listed[-8:] == list(bench.COMMANDS)
 
 
-@pytest.mark.parametrize("name, code", [("fly", 2), ("--help", 0), ("-h", 0)])
+@pytest.mark.parametrize("name, code", [("--fly", 2), ("--help", 0), ("-h", 0)])
 def test_only_asking_for_help_succeeds_without_a_command(name, code, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench.py", name])
     with pytest.raises(SystemExit) as ended:
         bench.main()
     assert ended.value.code == code and "tokenize" in capsys.readouterr().out
+
+
+def test_unknown_command_is_told_which_there_are(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "fly"])
+    with pytest.raises(UserError, match="fly is none of train, memory"):
+        bench.main()
+
+
+@pytest.mark.parametrize("name", ["memory", "tokenize", "hellaswag", "sample", "all"])
+def test_what_is_measured_by_one_process_refuses_torchrun(name, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["bench.py", name])
+    with pytest.raises(
+        UserError, match=f"bench.py {name} runs as one process: .* without torchrun"
+    ):
+        bench.main()
 
 
 @pytest.mark.parametrize("name", bench.COMMANDS)

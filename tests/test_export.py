@@ -2,7 +2,7 @@ import errno
 import json
 import shutil
 from collections import namedtuple
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 
 import export
 import hellaswag
+import train_gpt2
 from common import UserError
 from fineweb import tokenizer
 from pretrained import KINDS
@@ -206,7 +207,7 @@ def test_weights_in_several_files_are_read(llama, exported, tmp_path):
         assert len(list((tmp_path / name).glob("*.safetensors"))) > 2
         assert_same_logits(oracle, tmp_path / name)
         next((tmp_path / name).glob("*.safetensors")).unlink()
-        with pytest.raises(UserError, match="No such file"):
+        with pytest.raises(UserError, match=r"model-\d.*\.safetensors is not there"):
             GPT.from_pretrained(tmp_path / name)
 
 
@@ -295,6 +296,40 @@ def test_weights_in_several_files_are_fetched_from_the_hub_too(tmp_path, monkeyp
 def test_what_is_no_name_of_the_hub_is_not_asked_there(name):
     with pytest.raises(UserError, match=rf"{name} is not a \.pt file, not a folder, none of gpt2"):
         GPT.from_pretrained(Path(name))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "someone/gpt2"])
+@pytest.mark.parametrize("kind", ["EntryNotFoundError", "LocalEntryNotFoundError"])
+def test_a_model_where_the_command_runs_is_not_taken_for_one_of_the_hub(
+    shared_folder, monkeypatch, name, kind
+):
+    import huggingface_hub
+
+    def fail(_, file):
+        raise getattr(huggingface_hub.errors, kind)(file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    monkeypatch.chdir(shared_folder)
+    with pytest.raises(UserError, match=f"{name} could not be downloaded: check the name and the"):
+        GPT.from_pretrained(name)
+    with pytest.raises(UserError, match=r"an empty name is not a .pt file, not a folder"):
+        GPT.from_pretrained("")
+
+
+def test_edited_defaults_do_not_change_what_a_folder_holds(shared_folder, monkeypatch):
+    @dataclass(frozen=True)
+    class Edited(Config):
+        bias: bool = False
+        qkv_bias: bool = False
+        qk_norm: bool = True
+        logit_softcap: float = 30.0
+        norm: str = "rmsnorm"
+
+    expected = GPT.from_pretrained(shared_folder)
+    monkeypatch.setattr(train_gpt2, "Config", Edited)
+    model, idx = GPT.from_pretrained(shared_folder), torch.tensor([[3, 1, 4, 1, 5]])
+    with torch.no_grad():
+        assert torch.equal(model(idx), expected(idx))
 
 
 # ---------------------------------------------------------------- EleutherAI's harness
@@ -408,6 +443,16 @@ def test_model_card_has_the_hellaswag_score_of_the_checkpoint(checkpoint, tmp_pa
     assert "| 0.2604 (step 500, " in cards["earlier"] and "0.31" not in cards["earlier"]
     assert "| 0.2604 (step 500, " in cards["torn"]
     assert "HellaSwag" not in cards["later"] and "0.31" not in cards["later"]
+
+
+def test_model_card_of_a_run_that_went_wrong_is_written(checkpoint, tmp_path):
+    path = checkpoint()
+    content = torch.load(path)
+    torch.save(content | {"best": 1e4}, path)
+    (tmp_path / "log.txt").write_text("x hella 0.3\n3 hella abc\n9 hella 0.28\n", encoding="utf-8")
+    export.export(str(path), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "10000.0000 (perplexity" in card and "0.2800 (step 9" in card
 
 
 def test_model_card_names_the_architecture(checkpoint, tmp_path):

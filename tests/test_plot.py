@@ -18,7 +18,7 @@ SCRIPT = Path(plot.__file__)
 def read(tmp_path, text):
     path = tmp_path / "log.txt"
     path.write_text(text, encoding="utf-8")
-    return {s: [x.tolist() for x in pair] for s, pair in plot.read_log(path).items()}
+    return {s: [x.tolist() for x in pair] for s, pair in plot.read_streams(path).items()}
 
 
 def write_run(folder, steps=40, hella=False, norms=False, config="total_batch_size = 4096\n"):
@@ -139,6 +139,21 @@ def test_missing_and_empty_logs_are_named(tmp_path):
 def test_broken_config_is_named(tmp_path):
     with pytest.raises(UserError, match=r"config\.toml is not TOML"):
         plot.read_run(write_run(tmp_path / "a", config="total_batch_size =\n"))
+    (tmp_path / "a" / "config.toml").write_bytes(b'data_dir = "\xff"\n')
+    with pytest.raises(UserError, match=r"config\.toml is not TOML"):
+        plot.read_run(tmp_path / "a")
+
+
+def test_values_of_other_kinds_in_a_config_count_for_nothing(tmp_path):
+    config = 'total_batch_size = "many"\ndata_dir = 5\n'
+    run = plot.read_run(write_run(tmp_path / "a", config=config))
+    assert (run.batch, run.edu) == (0, False)
+
+
+def test_name_that_looks_like_a_formula_is_drawn_as_text(tmp_path, figures):
+    run = plot.read_run(write_run(tmp_path / r"a$\bad$", norms=True))
+    plot.draw([run], tmp_path / "x.png")
+    assert set(figures) == {"x.png", "x_norms.png"}
 
 
 def test_batch_is_unknown_where_the_config_does_not_settle_it(tmp_path):
