@@ -187,9 +187,11 @@ def read_log(path):
 
 def quoted(word):
     """A word of a command to copy, in double quotes where a shell would not take it as it is."""
-    if re.fullmatch(r"[\w@%+=:,./-]+", word := str(word)):
-        return word
-    return '"' + (word if os.name == "nt" else re.sub(r'([\\"$`])', r"\\\1", word)) + '"'
+    flag, value = re.fullmatch(r"(--\w+=)?(.*)", str(word), re.DOTALL).groups(default="")
+    if re.fullmatch(r"[\w@%+=:,./-]+", value):
+        return flag + value
+    value = value if os.name == "nt" else re.sub(r'([\\"$`])', r"\\\1", value)
+    return f'{flag}"{value}"'
 
 
 def alone(script):

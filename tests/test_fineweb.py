@@ -1,7 +1,6 @@
 """fineweb.py: every token of every document once, in order, in shards that are whole or absent."""
 
 import contextlib
-import errno
 import functools
 import gzip
 import hashlib
@@ -783,24 +782,6 @@ def test_run_that_ends_while_another_looks_is_looked_at_again(corpus, tmp_path, 
 def test_out_dir_that_is_a_file_is_refused(corpus, tmp_path):
     with pytest.raises(UserError, match="is a file"):
         prepare_local(corpus, corpus)
-
-
-def test_a_file_is_held_by_one_until_it_is_closed(tmp_path, monkeypatch):
-    with open(tmp_path / "x", "w") as first, open(tmp_path / "x", "w") as second:
-        assert common.hold(first) and not common.hold(second)
-        first.close()
-        assert common.hold(second)
-
-
-def test_file_system_without_locks_is_no_other_run(tmp_path, monkeypatch):
-    fcntl = pytest.importorskip("fcntl")
-
-    def flock(file, operation):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    with open(tmp_path / "x", "w") as file:
-        assert common.hold(file)
 
 
 def test_error_in_mid_write_leaves_no_file_under_the_final_name(tmp_path):
