@@ -120,6 +120,7 @@ def hold(file):
 
             os.lseek(file.fileno(), 1 << 30, os.SEEK_SET)  # others may read what is there
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            os.lseek(file.fileno(), 0, os.SEEK_END)
         else:
             import fcntl
 

@@ -1,10 +1,12 @@
 """What every command shares: locks, commands to copy, output."""
 
 import errno
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -31,6 +33,26 @@ def test_file_system_without_locks_is_no_other_run(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", flock)
     with open(tmp_path / "x", "w") as file:
         assert common.hold(file)
+
+
+def test_on_windows_the_lock_lies_beyond_what_is_written(tmp_path, monkeypatch):
+    """Where it lies nobody else may read."""
+    at = []
+
+    def locking(fd, mode, size):
+        at.append((os.lseek(fd, 0, os.SEEK_CUR), mode, size))
+
+    stand_in = SimpleNamespace(locking=locking, LK_NBLCK=2)
+    monkeypatch.setitem(sys.modules, "msvcrt", stand_in)
+    path = tmp_path / "log.txt"
+    for mode in ("x", "a"):
+        with open(path, mode, buffering=1) as file:
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "name", "nt")
+                assert common.hold(file)
+            file.write("a line\n")
+    assert path.read_text() == 2 * "a line\n"
+    assert at == 2 * [(1 << 30, 2, 1)]
 
 
 def test_a_killed_process_holds_nothing(tmp_path):
