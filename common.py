@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import os
 import re
@@ -57,6 +58,9 @@ def say(*words):
     except OSError as error:
         if error.errno == errno.EPIPE:  # nobody reads it any more
             raise
+        with contextlib.suppress(AttributeError):  # who flushed what it still holds would fail, too
+            raw = sys.stdout.buffer.raw
+            sys.stdout = io.TextIOWrapper(raw, "utf-8", "replace", write_through=True)
 
 
 def command_line(options, description, args=None, prog=None):

@@ -190,8 +190,9 @@ def versions():
     """{package: its version} of those that are installed."""
     found = {name: version(name) for name in PACKAGES if importlib.util.find_spec(name)}
     found["torch"] = str(torch.__version__)  # says which CUDA it is for, too
-    cudnn = torch.backends.cudnn.version()  # the system's, if LD_LIBRARY_PATH has one
-    return found | ({"cudnn": cudnn} if cudnn else {})
+    with contextlib.suppress(RuntimeError):  # LD_LIBRARY_PATH may have one that does not fit
+        found |= {"cudnn": torch.backends.cudnn.version()} if torch.version.cuda else {}
+    return found
 
 
 def refuse_wrong(cfg, runtime):

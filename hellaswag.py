@@ -165,8 +165,8 @@ def predictions(model, tasks, device="cpu", rank=0, world=1, batch_tokens=0):
     while order:
         count = max(1, batch_tokens // padded(packed[order[0]].inputs.shape[1]))
         batches, order = [*batches, order[:count]], order[count:]
-    batches = batches[rank::world]
-    for batch in tqdm(batches, "HellaSwag", delay=5, mininterval=1, leave=False, disable=rank != 0):
+    batches, hidden = batches[rank::world], rank > 0 or None
+    for batch in tqdm(batches, "HellaSwag", delay=5, mininterval=1, leave=False, disable=hidden):
         nll, tokens = surprise(model, [packed[i] for i in batch], device)
         characters = torch.tensor([tasks[i].characters for i in batch]).flatten()
         yield from zip(batch, pick(nll, tokens, characters), strict=True)

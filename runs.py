@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import hardware
-from common import UserError, hold, quoted
+from common import UserError, hold, quoted, say
 
 RESTARTS = "torchrun.txt"  # in a run's folder: the torchrun that may restart it
 
@@ -165,8 +165,8 @@ def finish(folder, cfg, runtime):
     best, saved = folder / "best.pt", checkpoints(folder)
     model = saved[-1] if saved and not best.exists() else best
     text, twice = cfg.sample_prompt or "Once upon a time", f"{2 * cfg.learning_rate:g}"
-    print(f"wrote {folder}/: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+    say(f"wrote {folder}/: {', '.join(sorted(p.name for p in folder.iterdir()))}")
     again = f"--run_name={cfg.run_name}-lr{twice}", f"--learning_rate={twice}"
-    print("next: ", command("sample.py", f"--model={model}", f"--prompt={text}"))
-    print("      ", command("plots/attention.py", f"--model={model}", f"--text={text}"))
-    print("      ", command("train_gpt2.py", folder / "config.toml", *again))
+    say("next: ", command("sample.py", f"--model={model}", f"--prompt={text}"))
+    say("      ", command("plots/attention.py", f"--model={model}", f"--text={text}"))
+    say("      ", command("train_gpt2.py", folder / "config.toml", *again))

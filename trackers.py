@@ -17,7 +17,7 @@ from dataclasses import asdict
 
 import torch
 
-from common import UserError, replacing
+from common import UserError, replacing, say
 
 PACKAGES = {"wandb_project": "wandb", "tensorboard": "tensorboard"}  # flag: what it needs
 PATIENCE = {  # W&B's own variables, where the user has not set them: seconds
@@ -56,7 +56,7 @@ class Tracker:
             return call(*args)
         except Exception as error:  # of any kind: the network's, the service's, the package's own
             why = str(error).partition("\n")[0] or type(error).__name__
-            print(f"{self.name} is off: {why}; log.txt has everything", flush=True)
+            say(f"{self.name} is off: {why}; log.txt has everything")
             self.target = None
 
     def log(self, step, values):

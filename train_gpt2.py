@@ -281,7 +281,7 @@ class Runtime:
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        return super().forward(x.float())  # torch warns where weight and input differ
+        return super().forward(x.to(self.weight.dtype))  # torch warns where they differ
 
 
 def make_norm(cfg):
@@ -830,9 +830,9 @@ def evaluate_loss(model, shards, cfg, runtime, rows):
     n = validation_windows(cfg, shards)
     starts = range(0, n * cfg.block_size, cfg.block_size)[runtime.rank :: runtime.world]
     parts = [starts[i : i + rows] for i in range(0, len(starts), rows)]
-    total = torch.zeros(1, dtype=torch.float64)
+    total, hidden = torch.zeros(1, dtype=torch.float64), runtime.rank > 0 or None
     with evaluating(model, runtime):
-        for part in tqdm(parts, "validation", delay=5, leave=False, disable=runtime.rank > 0):
+        for part in tqdm(parts, "validation", delay=5, leave=False, disable=hidden):
             tokens = shards.windows(part, cfg).to(runtime.device)
             total += model(tokens[:, :-1], tokens[:, 1:]).item() * len(tokens)
     return runtime.sum(total).item() / n
@@ -933,7 +933,7 @@ class RunLog:
                 self.file.write("".join(f"{step} {key} {x!r}\n" for key, x in values.items()))
             except OSError as error:  # a full disk's, above all
                 if due(step, self.model.cfg.log_interval, last=False):
-                    self.runtime.print(f"log.txt lacks step {step}: {error}")
+                    self.runtime.print(f"log.txt may lack step {step}: {error}")
         for tracker in self.trackers:
             tracker.log(step, values)
 

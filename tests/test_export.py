@@ -310,8 +310,9 @@ def test_a_model_where_the_command_runs_is_not_taken_for_one_of_the_hub(
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     monkeypatch.chdir(shared_folder)
-    with pytest.raises(UserError, match=f"{name} could not be downloaded: check the name and the"):
+    with pytest.raises(UserError, match=f"{name} could not be downloaded: check the") as told:
         GPT.from_pretrained(name)
+    assert ("config.json is not there" in str(told.value)) == (kind == "EntryNotFoundError")
     with pytest.raises(UserError, match=r"an empty name is not a .pt file, not a folder"):
         GPT.from_pretrained("")
 

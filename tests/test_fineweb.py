@@ -876,6 +876,27 @@ def test_what_is_to_come_is_said_in_tokens_and_bytes(corpus, tmp_path, capsys, m
     )
 
 
+def test_what_is_to_come_is_not_guessed_from_a_first_small_file(tmp_path, monkeypatch, capsys):
+    """Packed files hold several times their bytes."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.md").write_text("read me first", encoding="utf-8")
+    line = json.dumps({"text": "".join(random.Random(1).choices("abcdefgh ", k=5000))}) + "\n"
+    (tmp_path / "in" / "b.jsonl.gz").write_bytes(gzip.compress(line.encode() * 100))
+    total = len(prepare_local(tmp_path / "in", tmp_path / "out"))
+    assert f"to come: about {total / 1000:.0f}k tokens" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are Unicode")
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_names_of_files_are_any_bytes(tmp_path, kind):
+    path = tmp_path / "x.parquet"
+    write_parquet(path, ["some text " * 50])
+    content = {"txt": b"some text " * 50, "jsonl": GOOD * 50, "parquet": path.read_bytes()}[kind]
+    (tmp_path / "in").mkdir()
+    Path(os.fsdecode(bytes(tmp_path / "in") + b"/n\xe4me." + kind.encode())).write_bytes(content)
+    assert len(prepare_local(tmp_path / "in", tmp_path / "out", val_tokens=10)) > 50
+
+
 @pytest.mark.parametrize(
     ("rank", "sizes", "most", "needed"),
     [

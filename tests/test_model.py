@@ -348,6 +348,7 @@ def test_dropout_is_kept_from_cudnn_which_rounds_it(tiny, kernels, runtime):
         hardware.refuse_wrong(replace(tiny, dropout=0.1, attention="cudnn"), runtime)
 
 
+@pytest.mark.filterwarnings("error")
 def test_residual_stream_is_bfloat16_in_training_alone(tiny, toggles, make_model):
     """float16 has too small a range for it; evaluation can afford float32."""
     model, idx, seen = make_model(replace(tiny, **toggles)), tokens(tiny, 2, 16), []
@@ -364,6 +365,12 @@ def test_residual_stream_is_bfloat16_in_training_alone(tiny, toggles, make_model
         assert seen == [expected] * tiny.n_layer
         assert all(p.grad.dtype == torch.float32 for p in model.parameters())
         seen.clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_model_that_was_cast_is_of_that_dtype(tiny, toggles, make_model, dtype):
+    model = make_model(replace(tiny, **toggles)).to(dtype)
+    assert model(tokens(tiny, 2, 16)).dtype == dtype
 
 
 def test_evaluation_leaves_cudnn_out_unless_it_was_asked_for(tiny, make_model, runtime, kernels):
