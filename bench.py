@@ -893,8 +893,8 @@ COMMANDS = {
     "sample": (bench_sample, SampleOptions),
     "all": (bench_all, AllOptions),
 }
-AT_LEAST = dict.fromkeys(("steps", "tokens", "rounds", "max_new_tokens", "batch"), 1)
-AT_LEAST |= {"examples": 0, "processes": 0, "shard_tokens": 1, "minutes": 0}
+POSITIVE = ("steps", "tokens", "shard_tokens", "rounds", "max_new_tokens", "batch")
+AT_LEAST = dict.fromkeys(POSITIVE, 1) | dict.fromkeys(("examples", "processes", "minutes"), 0)
 ON_RANKS = ("train", "precision", "loader")
 
 

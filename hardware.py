@@ -151,14 +151,13 @@ def fit_micro_batch(model, B, runtime, resumed=False):
 
     def fits():
         try:
-            T, held = model.cfg.block_size, []
+            T, state = model.cfg.block_size, []
             idx = torch.zeros(B, T + 1, dtype=torch.long, device=runtime.device)
-            for _ in range(2):  # the second meets the gradients and what the first step's end adds
+            for copies in (added, 0):  # the second pass meets gradients and what the first added
                 with runtime.autocast():
                     loss = model(idx[:, :-1], idx[:, 1:])
                 loss.backward()
-                copies = 0 if held else added
-                held += [torch.empty_like(p) for p in model.parameters() for _ in range(copies)]
+                state += [torch.empty_like(p) for p in model.parameters() for _ in range(copies)]
             return 1.0
         except RuntimeError as error:
             if not lacks_memory(error):

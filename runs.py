@@ -85,11 +85,12 @@ def stop_on_signal(save, in_step):
     def ask(number, frame):
         asked.append(time.monotonic())
         if len(asked) == 1:
+            stepping = in_step()
             if os.environ.get("RANK", "0") == "0":
-                what = b"step" if in_step() else b"evaluation"
+                what = b"step" if stepping else b"evaluation"
                 with contextlib.suppress(OSError):  # print may be what the signal interrupted
                     os.write(2, b"\nstopping after this %b; once more to stop at once\n" % what)
-            if not in_step():
+            if not stepping:
                 save()
         elif asked[-1] - asked[0] > 2:
             signal.signal(number, before[number])
