@@ -46,7 +46,7 @@ import hardware
 import hellaswag
 import reading
 import train_gpt2 as gpt
-from common import UserError, alone, command_line, run, write_json
+from common import UserError, alone, command_line, first_rank, run, write_json
 from pretrained import KINDS
 from sample import best_step, by_columns
 
@@ -523,8 +523,7 @@ def time_sparse(tokens, cfg, runtime, B):
             size = min(each, tokens - start)
             path = Path(folder, f"edufineweb_train_{number:06d}.npy")
             with open(path, "wb") as file:
-                header = {"descr": "<u2", "fortran_order": False, "shape": (size,)}
-                np.lib.format.write_array_header_1_0(file, header)
+                fineweb.write_header(file, size)
                 file.truncate(file.tell() + 2 * size)
         tracemalloc.start()
         begin = time.perf_counter()
@@ -922,7 +921,7 @@ def main():
         alone(f"bench.py {name}")
     with hardware.telling_memory(name, "halve --micro_batch_size or --batch"):
         figures = bench(options)
-    if os.environ.get("RANK", "0") != "0":
+    if not first_rank():
         return
     show(figures if name != "all" else {key: figures[key] for key in ("failed", "left_out")})
     show(environment())

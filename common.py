@@ -21,9 +21,16 @@ class UserError(Exception):
 
 
 IN_THE_WAY = PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError
-HELD = (0.02, 0.1, 0.5) if os.name == "nt" else ()  # seconds that a virus scanner may hold a file
+# pauses in seconds: there a virus scanner may hold a file
+RETRIES = (0.02, 0.1, 0.5) if os.name == "nt" else ()
 DISK = [getattr(errno, name, 0) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS")]
-NAMES = [errno.ENAMETOOLONG, errno.ELOOP]
+BAD_NAMES = [errno.ENAMETOOLONG, errno.ELOOP]
+PROJECT = Path(__file__).parent
+
+
+def first_rank():
+    """Whether this process is torchrun's first one, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def run(main):
@@ -33,7 +40,7 @@ def run(main):
     try:
         main()
     except (UserError, *IN_THE_WAY) as error:
-        if os.environ.get("RANK", "0") != "0":
+        if not first_rank():
             # if all ranks erred, rank 0 tells; torchrun ends this one before it repeats that
             time.sleep(3)
         print(f"error: {error}", file=sys.stderr)
@@ -42,7 +49,7 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        if error.errno not in DISK + NAMES:
+        if error.errno not in DISK + BAD_NAMES:
             raise
         print(f"error: {error}: fix that and run the same command again", file=sys.stderr)
         sys.exit(2)
@@ -76,7 +83,7 @@ def command_line(options, description, args=None, prog=None):
         description=description,
         config=(tyro.conf.FlagConversionOff,),
         use_underscores=True,
-        console_outputs=os.environ.get("RANK", "0") == "0",
+        console_outputs=first_rank(),
     )
 
 
@@ -106,14 +113,14 @@ def to_toml(options):
 
 def move(source, target):
     """os.replace; where another program holds a file for a moment, again."""
-    for pause in HELD:
+    for pause in RETRIES:
         with contextlib.suppress(PermissionError):
             return os.replace(source, target)
         time.sleep(pause)
     os.replace(source, target)
 
 
-def hold(file):
+def lock(file):
     """Lock an open file, or return False where another process holds it.
 
     The system lets go when this one ends, even killed.
@@ -197,6 +204,22 @@ def quoted(word):
         return flag + value
     value = value if os.name == "nt" else re.sub(r'([\\"$`])', r"\\\1", value)
     return f'{flag}"{value}"'
+
+
+def command(script, *words):
+    """A command that calls a script of this project, to copy; a Path in it is named from here."""
+    here, python = Path.cwd(), Path(sys.executable)
+    words = [python if python.is_relative_to(here) else "python", PROJECT / script, *words]
+    for i, word in enumerate(words):
+        if isinstance(word, Path) and word.is_relative_to(here):
+            words[i] = word.relative_to(here)
+    return " ".join(map(quoted, words))
+
+
+def check_picture(path):
+    """A UserError where --out does not end as a picture that matplotlib can write."""
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--out={path} is not a picture: its name should end in .png, .svg or .pdf")
 
 
 def alone(script):

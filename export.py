@@ -18,10 +18,9 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from common import UserError, alone, check_disk, command_line, move, read_log, run, to_toml
+from common import UserError, alone, check_disk, command, command_line, move, read_log, run, to_toml
 from fineweb import END_OF_TEXT, TABLE
 from pretrained import KINDS
-from runs import command
 from train_gpt2 import VOCABULARY, load_model, read_checkpoint
 
 

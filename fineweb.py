@@ -47,7 +47,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 import hub
 import reading
-from common import UserError, check_disk, command_line, hold, move, quoted, replacing, run
+from common import PROJECT, UserError, check_disk, command, command_line, lock, move, replacing, run
 from reading import PIECE, bounds, count, large_strings, local_files
 
 TABLE = Path(__file__).parent / "assets" / "gpt2.tiktoken"  # `<token in base64> <id>` a line
@@ -695,8 +695,8 @@ def write_shard(path, pieces):
 
 
 def write_header(file, size):
-    array = dict(descr="<u2", fortran_order=False, shape=(size,))
-    np.lib.format.write_array_header_1_0(file, array)
+    header = dict(descr="<u2", fortran_order=False, shape=(size,))
+    np.lib.format.write_array_header_1_0(file, header)
 
 
 def describe(path):
@@ -810,7 +810,7 @@ def locked(folder, ranks, new):
     folder.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         try:
-            if not (hold(file) and os.path.samestat(os.fstat(file.fileno()), path.stat())):
+            if not (lock(file) and os.path.samestat(os.fstat(file.fileno()), path.stat())):
                 raise FileNotFoundError("it was deleted just before it was locked")
         except OSError:
             message = f"another run is making {folder} now: let it end, or choose another"
@@ -976,8 +976,8 @@ def report(folder, manifest):
     steps = -(-sum(train) // GPT2_BATCH)
     epoch = f", {steps:,} steps an epoch at {GPT2_BATCH:,} tokens a step" if steps > 100 else ""
     print(f"{folder}: {split}, {manifest['tokens']:,} tokens{epoch}")
-    config = "configs/tiny.toml " if sum(train) < 10_000_000 else ""
-    print(f"train on it: python train_gpt2.py {config}--data_dir={quoted(folder)}")
+    config = [PROJECT / "configs/tiny.toml"] if sum(train) < 10_000_000 else []
+    print("train on it:", command("train_gpt2.py", *config, f"--data_dir={folder}"))
 
 
 def main():

@@ -1,4 +1,4 @@
-"""What machine this is: its device, the dtype for it, whether it compiles, how fast it could be."""
+"""What this machine is, and what suits it: device, dtype, attention, compiler, micro-batch."""
 
 import contextlib
 import ctypes
@@ -44,9 +44,10 @@ def find_dtype(name, device, say):
             return torch.bfloat16
         say(f"compute capability {major}.{minor}, no bfloat16: float16 and loss scaling")
         return torch.float16
-    native = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, in 2.11 to 2.13
-    if device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in native):
-        return torch.bfloat16
+    if device.type == "cpu":
+        for native in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):  # private
+            if getattr(torch.cpu, native, lambda: False)():
+                return torch.bfloat16
     say(f"{device.type} without native bfloat16: float32")
     return torch.float32
 
@@ -75,14 +76,14 @@ def prepare_memory(device):
 def compile_obstacle(device):
     """Why torch.compile cannot work here, or nothing."""
     cuda = device.type == "cuda"
-    usual = ("cl",) if sys.platform == "win32" else ("c++", "g++", "clang++")
-    compilers = [os.environ["CXX"]] if "CXX" in os.environ else usual  # as inductor has it
+    usual = {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
+    compiler = os.environ.get("CXX", usual)  # as inductor has it
     header = Path(sysconfig.get_path("include"), "Python.h")
     obstacles = {
         "it is not ready for MPS": device.type == "mps",
         "needs capability 7.0": cuda and torch.cuda.get_device_capability(device) < (7, 0),
         "the triton package is missing": cuda and not importlib.util.find_spec("triton"),
-        f"no C++ compiler, such as {' or '.join(compilers)}": not any(map(shutil.which, compilers)),
+        f"there is no C++ compiler {compiler}": not shutil.which(compiler),
         "no Python.h; install this Python's development package": not header.exists(),
     }
     return next((why for why, there in obstacles.items() if there), "")
@@ -144,20 +145,23 @@ def spare_memory(device):
 def fit_micro_batch(model, B, runtime, resumed=False):
     """B halved until a forward and backward pass of so many sequences fits on every rank."""
     if runtime.device.type == "cpu":
-        return B  # short of memory, Linux kills the process: nothing could be caught
+        return B  # nothing could be caught
 
-    # a step's end adds AdamW's two moments, unless resumed, and what log_norms compares with
-    added = 2 * (not resumed) + model.cfg.log_norms
+    # copies of the weights that a step adds: AdamW's moments, unless resumed, and log_norms' own
+    copies = (0 if resumed else 2) + model.cfg.log_norms
 
-    def fits():
+    def one_pass(B):
+        idx = torch.zeros(B, model.cfg.block_size + 1, dtype=torch.long, device=runtime.device)
+        with runtime.autocast():
+            loss = model(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+
+    def fits(B):
         try:
-            T, state = model.cfg.block_size, []
-            idx = torch.zeros(B, T + 1, dtype=torch.long, device=runtime.device)
-            for copies in (added, 0):  # the second pass meets gradients and what the first added
-                with runtime.autocast():
-                    loss = model(idx[:, :-1], idx[:, 1:])
-                loss.backward()
-                state += [torch.empty_like(p) for p in model.parameters() for _ in range(copies)]
+            one_pass(B)
+            state = [torch.empty_like(p) for p in model.parameters() for _ in range(copies)]
+            one_pass(B)  # now with gradients and copies in memory, as every later step
+            del state
             return 1.0
         except RuntimeError as error:
             if not lacks_memory(error):
@@ -170,7 +174,7 @@ def fit_micro_batch(model, B, runtime, resumed=False):
         spare = spare_memory(runtime.device)
         held.append(torch.empty(spare, dtype=torch.int8, device=runtime.device))
     while True:
-        fitted = fits()
+        fitted = fits(B)
         model.zero_grad(set_to_none=True)
         forget_memory(runtime)  # before ranks meet, which takes NCCL some
         if runtime.sum(torch.tensor(fitted)).item() == runtime.world:

@@ -7,8 +7,8 @@
 Completion style, as in build-nanogpt: the context, a space, an ending. acc takes the ending with
 the largest sum of token log-probabilities, acc_norm the one with the largest mean a token: of GPT-2
 (124M) they are 0.2859 and 0.2955 (build-nanogpt). acc_norm_chars divides by the ending's characters
-instead, as EleutherAI's harness does in what it calls acc_norm; that also cleans the texts, and has
-0.2892 and 0.3114. Chance is 0.25, and one standard error over all 10,042 tasks is 0.0046.
+instead, as EleutherAI's harness does in what it calls acc_norm; it also cleans the texts, and
+reports 0.2892 and 0.3114. Chance is 0.25, and one standard error over all 10,042 tasks is 0.0046.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+import hardware
 from common import UserError, command_line, replacing, run, write_json
 from fineweb import tokenizer
 
@@ -58,10 +59,10 @@ def load(path="", examples=0):
     """
     path = find(path)
     try:
-        lines = [line for line in enumerate(path.read_bytes().split(b"\n"), 1) if line[1].strip()]
+        lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise UserError(f"cannot read HellaSwag tasks from {path}: {error.strerror}") from None
-    tasks = [parse(line, f"{path}, line {number}") for number, line in lines]
+    tasks = [parse(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
     if not tasks:
         raise UserError(f"{path} is empty: expected one JSON object a line")
     # Evenly spaced, not the first ones: the file holds 3,243 video captions and then 6,799 WikiHow
@@ -75,15 +76,17 @@ def shared(path, examples, runtime):
     """`load` on every rank, or none with one warning: what cannot be had must not stop a run."""
     if not examples:
         return []
+    tasks, why = [], "another machine has no tasks"
     try:
         path = runtime.agree(lambda: find(path))  # one rank downloads
         tasks = load(path, examples)
     except UserError as error:
-        runtime.print(f"HellaSwag is skipped: {error}")
-        tasks = []
+        why = error
     # all ranks or none: the score is a sum over them
-    ready = runtime.sum(torch.tensor(float(bool(tasks)))).item()
-    return tasks if ready == runtime.world else []
+    if runtime.sum(torch.tensor(float(bool(tasks)))).item() == runtime.world:
+        return tasks
+    runtime.print(f"HellaSwag is skipped: {why}")
+    return []
 
 
 def parse(line, where):
@@ -161,10 +164,12 @@ def predictions(model, tasks, device="cpu", rank=0, world=1, batch_tokens=0):
     batch_tokens = batch_tokens or (32_768 if cuda else 2048)
     # Of like length, so little is padding; longest first, so that lack of memory shows at once.
     packed = {i: pack(task, model.cfg.block_size) for i, task in enumerate(tasks)}
-    order, batches = sorted(packed, key=lambda i: -packed[i].inputs.shape[1]), []
-    while order:
-        count = max(1, batch_tokens // padded(packed[order[0]].inputs.shape[1]))
-        batches, order = [*batches, order[:count]], order[count:]
+    order = sorted(packed, key=lambda i: -packed[i].inputs.shape[1])
+    batches, first = [], 0
+    while first < len(order):
+        rows = max(1, batch_tokens // padded(packed[order[first]].inputs.shape[1]))
+        batches.append(order[first : first + rows])
+        first += rows
     batches, hidden = batches[rank::world], rank > 0 or None
     for batch in tqdm(batches, "HellaSwag", delay=5, mininterval=1, leave=False, disable=hidden):
         nll, tokens = surprise(model, [packed[i] for i in batch], device)
@@ -280,7 +285,8 @@ def main():
 
     if options.examples < 0:
         raise UserError(f"--examples={options.examples} is not possible: 0 scores all tasks")
-    with contextlib.closing(Runtime(options.device, options.dtype)) as runtime:
+    telling = hardware.telling_memory("hellaswag.py", "take --device=cpu, or --dtype=bfloat16")
+    with telling, contextlib.closing(Runtime(options.device, options.dtype)) as runtime:
         path = runtime.agree(lambda: find(options.data))  # one rank downloads
         tasks = load(path, options.examples)
         model = load_text_model(options.model, runtime.device)

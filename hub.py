@@ -11,7 +11,7 @@ import os
 import time
 from pathlib import Path
 
-from common import DISK, UserError, check_disk, move
+from common import DISK, UserError, check_disk, first_rank, move
 
 PAUSES = 1, 10, 60, 300  # seconds to wait for a failing network, as long as nothing comes
 
@@ -167,7 +167,7 @@ def check_room(folder, size):
     from tqdm import tqdm
 
     free = check_disk(folder, size)
-    if size and os.environ.get("RANK", "0") == "0":
+    if size and first_rank():
         size, free = (tqdm.format_sizeof(n, "B") for n in (size, free))
         print(f"to fetch: {size} into {folder}; {free} are free", flush=True)
 

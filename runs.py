@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 import hardware
-from common import UserError, hold, quoted, say
+from common import PROJECT, UserError, command, first_rank, lock, say
+from fineweb import END_OF_TEXT
 
 RESTARTS = "torchrun.txt"  # in a run's folder: the torchrun that may restart it
 
@@ -56,7 +57,7 @@ def open_log(folder, resume):
         file = open(path, mode, buffering=1, encoding="utf-8", newline="\n")  # noqa: SIM115
     except FileExistsError:
         raise UserError(f"{folder}/ was taken by another run just now: start again") from None
-    if not hold(file):
+    if not lock(file):
         raise UserError(f"{folder}/ is being trained by another process: let that one end first")
     file.write("\n" if torn else "")  # a kill may have left half a line
     for temporary in folder.glob(".*.tmp"):
@@ -67,8 +68,9 @@ def open_log(folder, resume):
 
 
 def checkpoints(folder):
-    """The step_*.pt of a run, oldest first, also beyond six digits."""
-    return sorted(folder.glob("step_*.pt"), key=lambda path: (len(path.name), path.name))
+    """The step_N.pt of a run, oldest first; a user's step_N_good.pt is none of them."""
+    steps = {path.stem.removeprefix("step_"): path for path in folder.glob("step_*.pt")}
+    return [steps[step] for step in sorted(filter(str.isdecimal, steps), key=int)]
 
 
 @contextlib.contextmanager
@@ -86,7 +88,7 @@ def stop_on_signal(save, in_step):
         asked.append(time.monotonic())
         if len(asked) == 1:
             stepping = in_step()
-            if os.environ.get("RANK", "0") == "0":
+            if first_rank():
                 what = b"step" if stepping else b"evaluation"
                 with contextlib.suppress(OSError):  # print may be what the signal interrupted
                     os.write(2, b"\nstopping after this %b; once more to stop at once\n" % what)
@@ -148,26 +150,25 @@ def introduce(state, loader, micro_steps, max_steps, runtime):
     )
 
 
-def command(script, *words):
-    """A command that calls a script of this project, to copy."""
-    here, python, script = Path.cwd(), Path(sys.executable), Path(__file__).parent / script
-    python = python.relative_to(here) if python.is_relative_to(here) else "python"
-    script = script.relative_to(here) if script.is_relative_to(here) else script
-    return " ".join(map(quoted, (python, script, *words)))
+def tell_how_to_continue(folder, step, runtime):
+    again = command("train_gpt2.py", folder / "config.toml", "--resume=True")
+    runtime.print(f"stopped after step {step}; to continue: {again}")
 
 
 def finish(folder, cfg, runtime):
-    """Draw the run's picture, say what the run left, and three things to do with it."""
+    """Draw the run's picture, say what the run left, and what to do with it."""
     if runtime.rank != 0:
         return
     if importlib.util.find_spec("matplotlib"):
-        plot = [sys.executable, Path(__file__).parent / "plots" / "plot.py", folder]
+        plot = [sys.executable, PROJECT / "plots" / "plot.py", folder]
         subprocess.run([*plot, f"--out={folder / 'loss.png'}"], stdout=subprocess.DEVNULL)
     best, saved = folder / "best.pt", checkpoints(folder)
     model = saved[-1] if saved and not best.exists() else best
     text, twice = cfg.sample_prompt or "Once upon a time", f"{2 * cfg.learning_rate:g}"
-    say(f"wrote {folder}/: {', '.join(sorted(p.name for p in folder.iterdir()))}")
     again = f"--run_name={cfg.run_name}-lr{twice}", f"--learning_rate={twice}"
-    say("next: ", command("sample.py", f"--model={model}", f"--prompt={text}"))
-    say("      ", command("plots/attention.py", f"--model={model}", f"--text={text}"))
-    say("      ", command("train_gpt2.py", folder / "config.toml", *again))
+    todo = [command("train_gpt2.py", folder / "config.toml", *again)]
+    if cfg.vocab_size > END_OF_TEXT:  # else its ids are of no text that is known here
+        look = command("plots/attention.py", f"--model={model}", f"--text={text}")
+        todo = [command("sample.py", f"--model={model}", f"--prompt={text}"), look, *todo]
+    say(f"wrote {folder}/: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+    say("next: ", "\n       ".join(todo))

@@ -165,12 +165,12 @@ def main():
     if options.interactive and options.prompt:
         raise UserError("--interactive asks for prompts: leave --prompt out")
     runtime = Runtime(options.device, options.dtype)
-    model = by_columns(load_text_model(options.model, runtime.device))
     prompts = iter(typed_prompt, "") if options.interactive else [options.prompt]
-    remedy = "lower --num_samples or --max_new_tokens"
-    with hardware.telling_memory("sample.py", remedy), evaluating(model, runtime):
-        for i, prompt in enumerate(prompts):
-            show(model, prompt, how, options, options.seed + i)
+    with hardware.telling_memory("sample.py", "lower --num_samples, or take --device=cpu"):
+        model = by_columns(load_text_model(options.model, runtime.device))
+        with evaluating(model, runtime):
+            for i, prompt in enumerate(prompts):
+                show(model, prompt, how, options, options.seed + i)
 
 
 if __name__ == "__main__":

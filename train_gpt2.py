@@ -124,7 +124,7 @@ MAX_SKIPPED = 10  # non-finite steps in a row that end a run
 
 
 def load_config(argv, kind=Config, about=__doc__):
-    """`[x.toml ...] [--key=value ...]` -> (kind, default run name); one parser checks both."""
+    """`[x.toml ...] [--key=value ...]` -> (a `kind`, default run name); one parser checks both."""
     flags, from_files, name = list(argv), [], "gpt2"
     while flags and not flags[0].startswith("-"):
         path = Path(flags.pop(0))
@@ -143,7 +143,8 @@ def validate(cfg):
             raise UserError(f"{key}={value} must be {least} or more, and below {most}")
         if isinstance(value, str) and value.encode(errors="ignore").decode() != value:
             raise UserError(f"{key}={value!r} must be UTF-8")
-    c, hs, gpt2 = cfg, cfg.n_embd // cfg.n_head, cfg.vocab_size >= VOCABULARY
+    c, hs = cfg, cfg.n_embd // cfg.n_head
+    own_ids = c.vocab_size < VOCABULARY  # so there is no text to make or to score
     rules = {  # what is wrong: whether it is
         f"n_embd={c.n_embd} is not a multiple of n_head={c.n_head}; try {max(1, hs) * c.n_head}":
             c.n_embd % c.n_head,
@@ -154,9 +155,9 @@ def validate(cfg):
         f"vocab_size={c.vocab_size} is more than the 65536 ids that uint16 shards can hold":
             c.vocab_size > 65_536,
         f"hellaswag_examples={c.hellaswag_examples} needs GPT-2's ids; try --hellaswag_examples=0":
-            c.hellaswag_examples and not gpt2,
+            c.hellaswag_examples and own_ids,
         f"sample_prompt={c.sample_prompt!r} needs GPT-2's ids; try --sample_prompt=":
-            c.sample_prompt and not gpt2,
+            c.sample_prompt and own_ids,
         "eval_only=True needs a model; try --init_from=gpt2": c.eval_only and not c.init_from,
         f"run_name={c.run_name!r} must be a single folder name; its place is set by log_dir":
             Path(c.run_name).name != c.run_name or c.run_name == ".." or "\0" in c.run_name,
@@ -380,7 +381,7 @@ def overwrite_by_gradient(logits, targets, cap):
     z, own = logits.float(), targets[:, None]
     if cap:
         z = cap * torch.tanh(z / cap)
-    d = z.softmax(-1)  # its largest gives logsumexp without another exponential
+    d = z.softmax(-1)  # logsumexp(z) = max z - log max d: no second pass of exponentials
     nll = (z.amax(-1, keepdim=True) - z.gather(1, own)) - d.amax(-1, keepdim=True).log()
     d_own = torch.expm1(-nll)  # softmax minus one-hot
     if cap:
@@ -401,13 +402,13 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx, x, head, targets, cap, chunks):
         low = product_dtype(x)
         w, loss, dx, dw = head.to(low), 0.0, [], None
-        ctx.part = 2**-6 if low == torch.float16 else 1  # a sum of all rows would leave its range
+        ctx.scale = 2**-6 if low == torch.float16 else 1  # dh sums all rows: beyond float16's range
         for h, t in zip(x.to(low).chunk(chunks), targets.chunk(chunks), strict=True):
             d = h @ w.t()
             loss = loss + HeadLoss.of_logits(d, t, cap)
             if ctx.needs_input_grad[0]:
                 dx.append((d @ w).to(x.dtype))
-                dh = d.t() @ (h * ctx.part)
+                dh = d.t() @ (h * ctx.scale)
                 dw = dh.to(head.dtype) if dw is None else dw.add_(dh)
         if dx:
             ctx.save_for_backward(dx[0] if len(dx) == 1 else torch.cat(dx), dw)
@@ -426,7 +427,7 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
         grad = grad / len(dx)
-        return dx * grad, dw * (grad / ctx.part), None, None, None
+        return dx * grad, dw * (grad / ctx.scale), None, None, None
 
 
 class GPT(nn.Module):
@@ -478,12 +479,11 @@ class GPT(nn.Module):
         if cache is not None:
             cache.position, cache.keys = position, mask.size(-1)
         if self.training and product_dtype(x) == torch.bfloat16:
-            x = x.bfloat16()  # so is the residual stream then, as in llm.c: half the memory traffic
+            x = x.bfloat16()  # the residual stream too, as in llm.c: half its memory traffic
         x = self.transformer.drop(x)
-        recompute = self.cfg.gradient_checkpointing and self.training
         for block in self.transformer.h:
-            if recompute:
-                x = checkpoint(block, x, rope, use_reentrant=False)
+            if self.cfg.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, rope, mask, cache, use_reentrant=False)
             else:
                 x = block(x, rope, mask, cache)
         return self.transformer.ln_f(x)
@@ -524,9 +524,9 @@ class GPT(nn.Module):
     @classmethod
     def from_checkpoint(cls, path):
         """The model of a checkpoint that `train` wrote, in evaluation mode, on the CPU."""
-        cfg, checkpoint = read_checkpoint(path)
+        cfg, saved = read_checkpoint(path)
         model = cls(cfg)
-        model.load_state_dict(checkpoint["model"])
+        model.load_state_dict(saved["model"])
         return model.eval()
 
     @classmethod
@@ -598,13 +598,14 @@ def sample_token(logits, seen, how, generator):
         logits = logits.scatter(1, seen, less)
     if how.temperature < 1e-6:  # greedy; dividing by so little would overflow
         return logits.argmax(-1, keepdim=True)
-    logits, most, ids = logits / how.temperature, logits.size(-1), None
+    logits, V = logits / how.temperature, logits.size(-1)
+    ids = None  # of the columns, once these are sorted by likelihood
     if how.top_k:
-        logits, ids = logits.topk(min(how.top_k, most))  # the likeliest first
+        logits, ids = logits.topk(min(how.top_k, V))
     probs = logits.softmax(-1)
     if how.top_p < 1.0:
         if not how.top_k:
-            probs, ids = probs.topk(min(1024, most))  # sorting all takes longer
+            probs, ids = probs.topk(min(1024, V))  # sorting all takes longer
             if probs.sum(-1).min() < how.top_p:
                 probs, ids = logits.softmax(-1).sort(descending=True)
         probs = probs.masked_fill(probs.cumsum(-1) - probs >= how.top_p, 0.0)
@@ -671,7 +672,7 @@ def make_optimizer(model, cfg):
 
 
 def lr_at(step, cfg, max_steps):
-    """Linear warm-up from learning_rate/warmup_steps, then a cosine down to min_lr_ratio."""
+    """Linear warm-up to learning_rate, then a cosine down to learning_rate * min_lr_ratio."""
     if step < cfg.warmup_steps:
         return cfg.learning_rate * (step + 1) / cfg.warmup_steps
     done = min(1.0, (step - cfg.warmup_steps) / max(1, max_steps - cfg.warmup_steps))
@@ -710,7 +711,7 @@ class TokenShards:
         return np.concatenate(parts)
 
     def windows(self, starts, cfg):
-        """The windows of T + 1 tokens that start there, as int64 (len(starts), T + 1)."""
+        """The windows of T + 1 tokens from each of starts, int64 (len(starts), T + 1)."""
         tokens = np.stack([self.read(int(start), cfg.block_size + 1) for start in starts])
         if tokens.max() >= cfg.vocab_size:  # on a GPU it would end in a device assert
             raise UserError(
@@ -775,10 +776,9 @@ class Loader:
         epoch, place = np.divmod(np.arange(first, first + length), self.n)
         if not self.cfg.shuffle:
             return place * self.T
-        starts = np.empty_like(place)
+        starts, spare = np.empty_like(place), (len(self.shards) - 1) % self.T
         for e in np.unique(epoch):
             offset, *keys = random_words(self.cfg.seed, int(e), n=7)
-            spare = (len(self.shards) - 1) % self.T
             here = epoch == e
             starts[here] = shuffled(place[here], self.n, keys) * self.T + int(offset) % (spare + 1)
         return starts
@@ -856,10 +856,10 @@ class TrainState:
 def read_checkpoint(path, whole=False):
     """(Config, the dict on the CPU); weights_only runs no code. `whole`: fit to resume from."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if whole and not checkpoint.keys() >= {"model", "optimizer", "scaler", "step", "best"}:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if whole and not saved.keys() >= {"model", "optimizer", "scaler", "step", "best"}:
             raise ValueError("not all that resuming needs is in it")
-        return Config(**checkpoint["config"]), checkpoint
+        return Config(**saved["config"]), saved
     except Exception as error:  # torn and foreign files meet torch's unpickler in many ways
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{path} is not a readable checkpoint ({reason[:90]})") from None
@@ -882,7 +882,7 @@ def resume(folder, state, runtime):
     paths = runs.checkpoints(folder)
     for path in reversed(paths):
         try:
-            old, checkpoint = read_checkpoint(path, whole=True)
+            old, saved = read_checkpoint(path, whole=True)
         except UserError as error:
             runtime.print(f"{error}; going back to the one before")
             continue
@@ -891,13 +891,13 @@ def resume(folder, state, runtime):
         if fixed := [differ[key] for key in ARCHITECTURE if key in differ]:
             raise UserError(f"{path} has {'; '.join(fixed)}: not to be changed within a run")
         try:
-            state.model.load_state_dict(checkpoint["model"])
-            load_moments(state.optimizer, checkpoint["optimizer"])
+            state.model.load_state_dict(saved["model"])
+            load_moments(state.optimizer, saved["optimizer"])
         except (RuntimeError, ValueError) as error:
             raise UserError(f"{path} does not fit: {' '.join(str(error).split())}") from None
         # empty where the run so far had no float16
-        state.scaler.load_state_dict(checkpoint["scaler"] or state.scaler.state_dict())
-        state.step, state.best, state.layout = map(checkpoint.get, ("step", "best", "layout"))
+        state.scaler.load_state_dict(saved["scaler"] or state.scaler.state_dict())
+        state.step, state.best, state.layout = saved["step"], saved["best"], saved.get("layout")
         runtime.print(f"continuing {path}: step {state.step}")
         if changed := [text for key, text in differ.items() if key not in ("resume", "run_name")]:
             runtime.print(f"changed: {'; '.join(changed)}")
@@ -918,8 +918,8 @@ class RunLog:
 
     def __init__(self, folder, model, runtime, tokens, max_steps, start):
         self.folder, self.model, self.runtime, self.file = folder, model, runtime, None
-        self.tokens, self.max_steps, self.warm = tokens, max_steps, False  # tokens a step
-        self.trackers = []
+        self.tokens, self.max_steps = tokens, max_steps  # of a step; of the run
+        self.warm, self.trackers = False, []
         if runtime.rank != 0 or model.cfg.eval_only:
             return
         self.file = runs.open_log(folder, model.cfg.resume)
@@ -1010,7 +1010,7 @@ def largest_micro_batch(cfg, runtime):
     if cfg.grad_accum_steps:
         return most
     if cfg.total_batch_size % tokens:
-        batch_layout(cfg, runtime.world, min(most, 16))  # a UserError: it cannot be divided
+        batch_layout(cfg, runtime.world, min(most, 16))  # raises: one sequence a rank is no part
     share = cfg.total_batch_size // tokens
     return min(most, share & -share)
 
@@ -1036,8 +1036,8 @@ def train_step(model, state, batches, micro_steps, lr, runtime, stop=False, norm
         norms.before()
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip or math.inf)
     # the step's one wait for the device, and its one small reduction
-    told = runtime.sum(torch.stack((loss, norm, loss.new_full((), float(stop)))))
-    loss, norm, stop = (told / runtime.world).tolist()
+    sums = runtime.sum(torch.stack((loss, norm, loss.new_full((), float(stop)))))
+    loss, norm, stops = (sums / runtime.world).tolist()
     if math.isfinite(loss) and math.isfinite(norm):
         for group in state.optimizer.param_groups:
             group["lr"] = lr
@@ -1047,16 +1047,16 @@ def train_step(model, state, batches, micro_steps, lr, runtime, stop=False, norm
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
-    return loss, norm, stop > 0
+    return loss, norm, stops > 0
 
 
 def evaluate(state, val_shards, rows, log, runtime):
     """Validation loss, HellaSwag and samples at state.step; the best loss so far writes best.pt."""
-    model, cfg, step = state.model, state.model.cfg, f"step {state.step:5d}"
+    model, cfg, label = state.model, state.model.cfg, f"step {state.step:5d}"
     with evaluating(model, runtime):
         loss = evaluate_loss(model, val_shards, cfg, runtime, rows)
         log.write(state.step, val=loss)
-        runtime.print(f"{step} | val loss {loss:.4f} | perplexity {math.exp(min(loss, 99)):.2f}")
+        runtime.print(f"{label} | val loss {loss:.4f} | perplexity {math.exp(min(loss, 99)):.2f}")
         if state.step == 0 and not cfg.init_from:
             return  # an untrained model: its loss is a check, the rest would be noise
         if loss < state.best and log.write_checkpoint("best.pt", replace(state, best=loss), {}):
@@ -1065,7 +1065,7 @@ def evaluate(state, val_shards, rows, log, runtime):
             scores = hellaswag.score(model, tasks, runtime)
             log.write(state.step, hella=scores["acc_norm"])
             result = "acc_norm {acc_norm:.4f} +- {acc_norm_stderr:.4f} | acc {acc:.4f}"
-            runtime.print(f"{step} | HellaSwag {result.format(**scores)}")
+            runtime.print(f"{label} | HellaSwag {result.format(**scores)}")
         if cfg.sample_prompt and runtime.rank == 0:
             for i, text in enumerate(complete(model, cfg.sample_prompt, Sampling(top_k=50), 2, 48)):
                 log.text(state.step, f"sample_{i}", f"{cfg.sample_prompt}{text}")
@@ -1074,14 +1074,14 @@ def evaluate(state, val_shards, rows, log, runtime):
 def initial_model(cfg, begun=None):
     """A GPT drawn from the seed, or init_from's weights and architecture with the rest of cfg.
 
-    Where a run has `begun`, its config.toml has the architecture, and a checkpoint the weights.
+    A run that goes on has its architecture in `begun`, its config.toml; resume() loads the weights.
     """
     torch.manual_seed(cfg.seed)
     if not cfg.init_from:
         return GPT(cfg)
-    source = None if begun and begun.exists() else load_model(cfg.init_from)
-    of = source.cfg if source else load_config([str(begun)])[0]
-    cfg = replace(cfg, **{key: getattr(of, key) for key in ARCHITECTURE})
+    source = None if begun else load_model(cfg.init_from)
+    known = load_config([str(begun)])[0] if begun else source.cfg
+    cfg = replace(cfg, **{key: getattr(known, key) for key in ARCHITECTURE})
     validate(cfg)
     model = GPT(cfg)
     if source:
@@ -1093,8 +1093,9 @@ def set_up(cfg, runtime, shards):
     """What steps need: (TrainState, the model to call, Loader, micro-steps)."""
     hardware.refuse_wrong(cfg, runtime)
     folder = Path(cfg.log_dir) / cfg.run_name
-    begun = cfg.resume and runs.checkpoints(folder) and folder / "config.toml"
-    model = initial_model(cfg, begun).to(runtime.device)
+    begun = folder / "config.toml"
+    goes_on = cfg.resume and runs.checkpoints(folder) and begun.exists()
+    model = initial_model(cfg, begun if goes_on else None).to(runtime.device)
     cfg = model.cfg
     hardware.choose_attention(cfg, runtime)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
@@ -1102,8 +1103,9 @@ def set_up(cfg, runtime, shards):
     if cfg.resume:
         resume(folder, state, runtime)
     fast = runtime.compile(model) if cfg.compile_model else model
-    most = largest_micro_batch(cfg, runtime)
-    B = cfg.micro_batch_size or hardware.fit_micro_batch(fast, most, runtime, state.step > 0)
+    B = cfg.micro_batch_size or hardware.fit_micro_batch(
+        fast, largest_micro_batch(cfg, runtime), runtime, state.step > 0
+    )
     micro_steps, G = batch_layout(cfg, runtime.world, B)
     fast = runtime.parallel(fast, B, cfg.block_size)
     return state, fast, Loader(shards, cfg, runtime, B, G), micro_steps
@@ -1129,12 +1131,12 @@ def train(cfg, runtime, check=False):
     norms = trackers.Norms(model) if cfg.log_norms else None
     stopping = runs.stop_on_signal(lambda: log.save(state), lambda: model.training)
     with contextlib.closing(log), contextlib.closing(batches), stopping as asked:
-        clock = time.perf_counter()
-        for step in range(start, max_steps + 1):
-            last, paused = step == max_steps, time.perf_counter()
+        for step in range(start, max_steps + 1):  # one turn more, to save and evaluate at the end
+            last = step == max_steps
             # while steps are skipped, the newest checkpoint stays one from before them
             regular = due(step, cfg.checkpoint_interval, last) and not skipped
             evaluates = due(step, cfg.eval_interval, last) and (last or not stop)
+            # asked since that step: torchrun kills after 30 s, an evaluation may take longer
             if step > start and (regular or last or stop or (evaluates and asked())):
                 log.save(state)
             if evaluates:
@@ -1144,12 +1146,11 @@ def train(cfg, runtime, check=False):
                     log.save(state)  # for the day that max_steps is raised
             if last or stop:
                 break
-            clock += time.perf_counter() - paused  # evaluating and saving is not training
-            lr = lr_at(step, cfg, max_steps)
+            lr, begin = lr_at(step, cfg, max_steps), time.perf_counter()
             loss, norm, stop = train_step(
                 fast, state, batches, micro_steps, lr, runtime, asked(), norms
             )
-            clock, dt = time.perf_counter(), time.perf_counter() - clock
+            dt = time.perf_counter() - begin
             log.step(step, loss, lr, norm, dt, **(norms.values if norms else {}))
             skipped = 0 if math.isfinite(loss + norm) else skipped + 1
             if skipped:
@@ -1163,8 +1164,7 @@ def train(cfg, runtime, check=False):
                     "set dtype=float32 or attention=flash, then --resume=True"
                 )
     if stop and state.step < max_steps:
-        again = runs.command("train_gpt2.py", folder / "config.toml", "--resume=True")
-        runtime.print(f"stopped after step {state.step}; to continue: {again}")
+        runs.tell_how_to_continue(folder, state.step, runtime)
     else:
         runs.finish(folder, cfg, runtime)
 

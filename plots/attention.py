@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # train_gpt2.py is one folder up
 import torch
 
-from common import UserError, command_line, replacing, run
+from common import UserError, check_picture, command_line, replacing, run
 from fineweb import tokenizer
 from sample import load_text_model
 
@@ -122,8 +122,7 @@ def main():
     options = command_line(Options, __doc__)
     beside = Path(options.model).parent if options.model.endswith(".pt") else Path()
     out = Path(options.out or beside / "attention.png")
-    if out.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--out={out} is not a picture: its name should end in .png, .svg or .pdf")
+    check_picture(out)
     tokens = tokenizer().encode_ordinary(options.text)
     if not tokens:
         raise UserError('--text is empty: try --text="The cat sat on the mat."')

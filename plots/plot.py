@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # common.py is one folder up
-from common import UserError, command_line, read_log, replacing, run
+from common import UserError, check_picture, command_line, read_log, replacing, run
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart (their yellow is too pale).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -305,11 +305,11 @@ def main():
     if not options.runs:
         raise UserError("no run is named: python plots/plot.py log/gpt2_124m")
     out = Path(options.out or Path(__file__).parent / "loss_hellaswag.png")
-    if out.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--out={out} is not a picture: its name should end in .png, .svg or .pdf")
+    check_picture(out)
     if options.watch:
         watch(options.runs, out)
-    print(draw([read_run(folder) for folder in options.runs], out))
+    else:
+        print(draw([read_run(folder) for folder in options.runs], out))
 
 
 if __name__ == "__main__":

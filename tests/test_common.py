@@ -19,9 +19,9 @@ ROOT = Path(__file__).parents[1]
 
 def test_a_file_is_held_by_one_until_it_is_closed(tmp_path):
     with open(tmp_path / "x", "w") as first, open(tmp_path / "x", "w") as second:
-        assert common.hold(first) and not common.hold(second)
+        assert common.lock(first) and not common.lock(second)
         first.close()
-        assert common.hold(second)
+        assert common.lock(second)
 
 
 def test_file_system_without_locks_is_no_other_run(tmp_path, monkeypatch):
@@ -32,7 +32,7 @@ def test_file_system_without_locks_is_no_other_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with open(tmp_path / "x", "w") as file:
-        assert common.hold(file)
+        assert common.lock(file)
 
 
 def test_on_windows_the_lock_lies_beyond_what_is_written(tmp_path, monkeypatch):
@@ -49,14 +49,14 @@ def test_on_windows_the_lock_lies_beyond_what_is_written(tmp_path, monkeypatch):
         with open(path, mode, buffering=1) as file:
             with monkeypatch.context() as patch:
                 patch.setattr(os, "name", "nt")
-                assert common.hold(file)
+                assert common.lock(file)
             file.write("a line\n")
     assert path.read_text() == 2 * "a line\n"
     assert at == 2 * [(1 << 30, 2, 1)]
 
 
 def test_a_killed_process_holds_nothing(tmp_path):
-    code = f"import common, sys; f = open({str(tmp_path / 'x')!r}, 'w'); print(common.hold(f)); "
+    code = f"import common, sys; f = open({str(tmp_path / 'x')!r}, 'w'); print(common.lock(f)); "
     code += "sys.stdout.flush(); sys.stdin.read()"
     how = dict(
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=common.Path(common.__file__).parent
@@ -64,10 +64,10 @@ def test_a_killed_process_holds_nothing(tmp_path):
     with subprocess.Popen([sys.executable, "-c", code], **how) as process:
         assert process.stdout.readline() == b"True\n"
         with open(tmp_path / "x", "w") as file:
-            assert not common.hold(file)
+            assert not common.lock(file)
             process.kill()
             process.wait()
-            assert common.hold(file)
+            assert common.lock(file)
 
 
 @pytest.mark.skipif(not shutil.which("sh"), reason="needs a POSIX shell")

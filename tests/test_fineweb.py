@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -806,7 +807,7 @@ def test_file_that_a_scanner_holds_for_a_moment_gets_its_name(tmp_path, monkeypa
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", replace_held)
-    monkeypatch.setattr(common, "HELD", (0, 0))
+    monkeypatch.setattr(common, "RETRIES", (0, 0))
     for times, there in ((0, True), (2, True), (3, False)):
         path, held[:] = tmp_path / str(times), [False] + [True] * times
         fate = contextlib.nullcontext() if there else pytest.raises(PermissionError)
@@ -840,7 +841,7 @@ def test_report_counts_steps_of_an_epoch_rounded_up(capsys):
     first, second = capsys.readouterr().out.splitlines()
     steps = "18,795 steps an epoch at 524,288 tokens a step"
     assert first == f"there: 99 train + 1 val shards, 9,953,989,101 tokens, {steps}"
-    assert second == "train on it: python train_gpt2.py --data_dir=there"
+    assert second == "train on it: " + common.command("train_gpt2.py", "--data_dir=there")
 
 
 def test_bar_counts_tokens_with_rate_and_what_is_left(corpus, tmp_path, screen, small_blocks):
@@ -1688,7 +1689,10 @@ def test_python_docs_end_to_end(python_docs, tmp_path):
     assert [shard["tokens"] for shard in manifest["shards"]] == [32_768, len(tokens) - 32_768]
     assert manifest["revision"] == ".".join(map(str, sys.version_info[:3]))
     assert f"1 train + 1 val shards, {len(tokens):,} tokens" in made.stdout
-    assert f"train on it: python train_gpt2.py configs/tiny.toml --data_dir={out}" in made.stdout
+    (said,) = re.findall("train on it: (.*)", made.stdout)
+    _, script, config, folder = shlex.split(said)  # found from where the command ran
+    assert (ROOT / script).samefile(ROOT / "train_gpt2.py") and folder == f"--data_dir={out}"
+    assert (ROOT / config).samefile(ROOT / "configs" / "tiny.toml")
     assert made.stderr == ""
 
 

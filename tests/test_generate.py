@@ -44,6 +44,13 @@ def drawn(probabilities, rows=4000, seen=None, **how):
 # ---------------------------------------------------------------- cache and context
 
 
+def test_recomputing_blocks_is_for_gradients_alone(tiny, make_model):
+    model, idx = make_model(tiny), prompt(2, 5)
+    expected = continued(model, idx, 20)
+    saving = make_model(replace(tiny, gradient_checkpointing=True)).train()
+    assert torch.equal(continued(saving, idx, 20), expected)
+
+
 @torch.inference_mode()
 def test_cached_logits_equal_the_full_forward(tiny, toggles, make_model):
     model, idx = make_model(replace(tiny, **toggles)), prompt(3, 16)

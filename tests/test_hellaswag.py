@@ -338,6 +338,20 @@ def test_help_names_every_option():
     assert all(f"--{name}" in shown.stdout for name in ("model", "examples", "data", "json"))
 
 
+def test_lack_of_memory_is_one_line_that_says_what_helps(tmp_path, monkeypatch):
+    def short(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = GPT(Config(n_layer=1, n_head=1, n_embd=8, block_size=64))
+    content = {"model": model.state_dict(), "config": asdict(model.cfg)}
+    torch.save(content, tmp_path / "best.pt")
+    words = [f"--model={tmp_path / 'best.pt'}", f"--data={OWN}", "--device=cpu"]
+    monkeypatch.setattr(sys, "argv", ["hellaswag.py", *words])
+    monkeypatch.setattr(hellaswag, "score", short)
+    with pytest.raises(UserError, match=r"^hellaswag\.py is out of memory: take --device=cpu, or"):
+        hellaswag.main()
+
+
 @pytest.mark.slow
 def test_two_ranks_report_once(tmp_path, run_cli):
     model = GPT(Config(n_layer=1, n_head=1, n_embd=8, block_size=64))

@@ -192,7 +192,7 @@ def test_commands_shown_at_the_end_name_files_that_are_there(
 ):
     folder, _ = train(replace(tiny_run, eval_interval=eval_interval))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # draws no picture
-    finish(folder, tiny_run, runtime)
+    finish(folder, replace(tiny_run, vocab_size=50304), runtime)
     told = capsys.readouterr().out
     models = re.findall(r"--model=(\S+)", told)
     assert models and all(Path(model).exists() for model in models), told
@@ -830,6 +830,7 @@ def test_resume_takes_the_last_of_the_default_names(tiny_run):
     "keys, message",
     [
         (dict(micro_batch_size=3), "total_batch_size=128 is not a multiple"),
+        (dict(total_batch_size=100, micro_batch_size=2), r"world=2\*16\*1=32; try 96"),
         (dict(data_dir="nowhere"), "no train shards in nowhere/"),
         (dict(block_size=4096, total_batch_size=16384), "has 2077 tokens"),
         (dict(init_from="nowhere.pt"), r"nowhere\.pt .*No such file"),
@@ -1016,6 +1017,19 @@ def test_model_is_not_compiled_where_that_cannot_work(monkeypatch, runtime, caps
         assert told in capsys.readouterr().out
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="another system has another compiler")
+def test_the_compiler_that_inductor_takes_decides_whether_there_is_one(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(hardware.shutil, "which", lambda name: name if name == "g++" else None)
+    cpu = torch.device("cpu")
+    assert hardware.compile_obstacle(cpu) == ""
+    monkeypatch.setenv("CXX", "clang++")
+    assert hardware.compile_obstacle(cpu) == "there is no C++ compiler clang++"
+    monkeypatch.delenv("CXX")
+    monkeypatch.setattr(hardware.shutil, "which", lambda name: name if name == "clang++" else None)
+    assert hardware.compile_obstacle(cpu) == "there is no C++ compiler g++"
+
+
 @pytest.mark.parametrize(
     "name, teraflops",
     [
@@ -1122,7 +1136,18 @@ def test_command_trains_draws_and_says_what_it_wrote(run_cli, tiny_toml):
     files = sorted(path.name for path in (tiny_toml.parent / "log" / "tiny").iterdir())
     assert files == ["best.pt", "config.toml", "log.txt", "loss.png", "step_000003.pt"]
     assert f"wrote log/tiny/: {', '.join(files)}" in done.stdout.replace(os.sep, "/")
-    assert lines[-3].startswith("next:  ") and all(".py " in line for line in lines[-3:])
+    assert lines[-1].startswith("next:  ") and "train_gpt2.py log" in lines[-1]
+
+
+@pytest.mark.parametrize("vocab_size, scripts", [(512, 1), (50304, 3)])
+def test_of_ids_that_are_of_no_text_no_text_is_asked(
+    tiny_run, runtime, train, capfd, vocab_size, scripts
+):
+    folder, _ = train(replace(tiny_run, max_steps=1))
+    capfd.readouterr()
+    finish(folder, replace(tiny_run, vocab_size=vocab_size), runtime)
+    told = re.findall(r"(\w+)\.py ", capfd.readouterr().out)
+    assert told == ["sample", "attention", "train_gpt2"][-scripts:]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
@@ -1190,7 +1215,7 @@ def test_two_runs_that_start_at_once_do_not_share_a_folder(tiny_run, train, runt
 
 def test_newest_checkpoint_is_the_newest_beyond_six_digits(tmp_path):
     names = ["step_998000.pt", "step_999000.pt", "step_1000000.pt"]
-    for name in reversed(names):
+    for name in [*reversed(names), "step_998000_good.pt", "step_1000000-copy.pt", "step_.pt"]:
         (tmp_path / name).touch()
     assert [path.name for path in runs.checkpoints(tmp_path)] == names
 
@@ -1205,13 +1230,15 @@ def test_run_without_float16_resumes_with_it(tiny_run, train):
     assert state.step == 4 and state.scaler.get_scale() == 65536
 
 
-def test_hellaswag_is_skipped_on_all_ranks_if_one_has_no_tasks(runtime):
+def test_hellaswag_is_skipped_on_all_ranks_if_one_has_no_tasks(runtime, capsys):
     own = ROOT / "tests" / "data" / "hellaswag_own.jsonl"
     assert len(hellaswag.shared(str(own), 4, runtime)) == 4
+    assert capsys.readouterr().out == ""
     alone = Runtime("cpu", "float32")
     alone.world, alone.sum = 2, lambda ready: ready  # the other rank has none
     alone.agree = lambda decide: decide()
     assert hellaswag.shared(str(own), 4, alone) == []
+    assert capsys.readouterr().out.startswith("HellaSwag is skipped: another ")
 
 
 @pytest.mark.parametrize("world, near", [(3, 540672), (6, 491520), (7, 573440)])
