@@ -209,6 +209,11 @@ class Transformers(nn.Module):
         except UserError as error:
             reason, _, _ = str(error).partition("\n")
             raise UserError(f"against=transformers: {reason}") from None
+        c, only = model.cfg, dict(dropout=0.0)  # a Llama drops other activations out
+        only = dict(bias=True, qkv_bias=True) if model_type == "gpt2" else only
+        if wrong := [f"{k}={getattr(c, k)}" for k in only if getattr(c, k) != only[k]]:
+            kind = KINDS[model_type].name
+            raise UserError(f"against=transformers: {kind} has no {', '.join(wrong)}")
         cfg = export.configs(model.cfg, model_type)["config.json"]
         cfg = AutoConfig.for_model(**cfg | {"vocab_size": model.cfg.vocab_size})
         self.model = AutoModelForCausalLM.from_config(cfg)
@@ -672,7 +677,7 @@ class SampleOptions(ModelOptions):
 def open_model(options):
     """(Runtime, GPT on its device, the figures that describe them)."""
     sizes = {key: getattr(options, key) for key in ("n_layer", "n_head", "n_embd", "block_size")}
-    cfg = gpt.Config(**sizes)
+    cfg = gpt.Config(**sizes, vocab_size=50304, init_from="", eval_only=False)
     gpt.validate(cfg)
     runtime = gpt.Runtime(options.device, options.dtype)
     model = gpt.load_model(options.model) if options.model else gpt.initial_model(cfg)
@@ -736,12 +741,14 @@ def transformers_sampler(model, runtime):
 
     c = model.cfg
     sizes = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, n_positions=c.block_size)
+    sizes["vocab_size"] = min(c.vocab_size, gpt.VOCABULARY)
     theirs = GPT2LMHeadModel(GPT2Config(**sizes)).to(runtime.device, runtime.dtype).eval()
+    theirs.generation_config.eos_token_id = None  # so that no row ends
     how = dict(do_sample=True, top_k=50, pad_token_id=gpt.END_OF_TEXT)
 
     def sample(idx, length):
         with hardware.any_shape():
-            theirs.generate(idx, min_new_tokens=length, max_new_tokens=length, **how)
+            theirs.generate(idx, max_new_tokens=length, **how)
 
     return sample
 
@@ -894,7 +901,7 @@ COMMANDS = {
 }
 POSITIVE = ("steps", "tokens", "shard_tokens", "rounds", "max_new_tokens", "batch")
 AT_LEAST = dict.fromkeys(POSITIVE, 1) | dict.fromkeys(("examples", "processes", "minutes"), 0)
-ON_RANKS = ("train", "precision", "loader")
+ON_RANKS = ("train", "loader")
 
 
 def main():

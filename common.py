@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import itertools
 import json
 import os
 import re
@@ -71,11 +72,21 @@ def say(*words):
 
 
 def command_line(options, description, args=None, prog=None):
-    """Parse `--key=value` (or `--key value`) into a dataclass; its comments are the help."""
-    given = [arg.partition("=")[0] for arg in (sys.argv[1:] if args is None else args)]
+    """Parse `--key=value` (or `--key value`) into a dataclass; its comments are the help.
+
+    A switch may stand alone, for True. ~ at the beginning of a value is the home folder.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    given = [arg.partition("=")[0] for arg in args]
+    switches = [f"--{field.name}" for field in fields(options) if field.type is bool]
     for field in fields(options):
         if isinstance(field.default, tuple) and given.count(flag := f"--{field.name}") > 1:
             raise UserError(f"{flag} is given twice: name all of them after one {flag}")
+    for i, (arg, following) in enumerate(itertools.pairwise([*args, ""])):
+        if arg in switches and following not in ("True", "False"):
+            args[i] = f"{arg}=True"
+        elif re.match(r"--\w+=~(?![^/])", arg):  # which a shell leaves as it is
+            args[i] = arg.replace("~", str(Path.home()), 1)
     return tyro.cli(
         options,
         prog=prog,
@@ -161,6 +172,8 @@ def replacing(path):
 
 def write_json(path, content):
     """Write a command's figures, and say where."""
+    if Path(path).is_dir():
+        raise UserError(f"--json={path} is a folder: name a file")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -185,15 +198,20 @@ def check_disk(folder, size):
 def read_log(path):
     """A log.txt, lines of `step stream value`, as {stream: {step: value}}; {} where there is none.
 
-    Where a step repeats (a resumed run) its last line counts. What a kill has torn is left out: a
-    last line without its newline, and a line that has no such three parts.
+    Of a run that was resumed at a step, what it had logged beyond that is left out; where a step
+    repeats, its last line counts. So is what a kill has torn: a last line without its newline, and
+    a line that has no such three parts.
     """
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     streams = {}
     for line in text.split("\n")[:-1]:
         with contextlib.suppress(ValueError):
             step, stream, value = line.split()
-            streams.setdefault(stream, {})[int(step)] = float(value)
+            if stream == "resumed":
+                for name, points in streams.items():
+                    streams[name] = {k: x for k, x in points.items() if k <= int(step)}
+            else:
+                streams.setdefault(stream, {})[int(step)] = float(value)
     return streams
 
 

@@ -144,7 +144,7 @@ class Options:
     dataset: str = ""  # "" = HuggingFaceFW/fineweb-edu; pretokenized: kjj0/finewebedu10B-gpt2
     subset: str = ""  # a folder of it, or a prefix of paths; "" = all; of FineWeb: sample/10BT
     revision: str = "main"  # of the dataset: a branch, tag or commit
-    out_dir: str = ""  # "" = edu_fineweb10B, local_text or python_docs, by source
+    out_dir: str = ""  # "" = edu_fineweb10B, local_text, python_docs, or another dataset's name
     shard_tokens: int = 100_000_000  # tokens a shard, 2 bytes each
     val_tokens: int = 0  # validation: the input's first; 0 = a shard of fineweb-edu, else 32,768
     max_shards: int = 0  # most training shards, over all ranks, not counting validation; 0 = all
@@ -183,7 +183,9 @@ def resolve(options):
     gigatoken = importlib.util.find_spec("gigatoken")
     if options.tokenizer == "gigatoken" and not gigatoken:
         raise UserError("gigatoken is missing: pip install gigatoken, or --tokenizer=tiktoken")
-    dataset = options.dataset or dataset
+    if options.dataset not in ("", dataset):
+        dataset = options.dataset
+        out_dir = dataset.rpartition("/")[2]
     own = "sample/10BT" if dataset in FINEWEB else ""
     val_tokens = options.shard_tokens if source == "fineweb-edu" else 32_768
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) or 1
@@ -508,7 +510,9 @@ def write_shards(options, ranks, manifest):
         return
 
     begun = f", going on after {len(made)} shards" if made else ""
-    ranks.print(f"{options.source} -> {options.out_dir}, tokenized by {options.tokenizer}{begun}")
+    of = f", {len(source.sizes):,} files" if len(source.sizes) > 1 else ""
+    made_by = f"tokenized by {options.tokenizer}{begun}"
+    ranks.print(f"{options.source}{of} -> {options.out_dir}, {made_by}")
     blocks = tokenize(read_blocks(source, files, place), options)
     stream = counted(blocks, options, ranks, source, sum(made) - place[2], sum(sizes))
 
@@ -566,7 +570,8 @@ def save_shards(tokens, sizes, made, options, ranks, manifest):
             place = tokens.place()
             if number == 0 and not place:
                 needed = f"--val_tokens={options.val_tokens} and some to train on"
-                raise UserError(f"the input gives {held:,} tokens, too few for {needed}")
+                part = "the first process's part of the input" if ranks.world > 1 else "the input"
+                raise UserError(f"{part} gives {held:,} tokens, too few for {needed}")
             if not partial.exists():  # so that a shard without a manifest is never this tool's
                 write_manifest(partial, manifest)
         manifest["shards"].append(describe(path))

@@ -191,8 +191,12 @@ METRICS = ("acc", "acc_norm", "acc_norm_chars")
 
 
 def pick(nll, tokens, characters):
-    """Sums of four endings each -> the endings that METRICS take, a list of three a task."""
-    return torch.stack([nll, nll / tokens, nll / characters], -1).view(-1, 4, 3).argmin(1).tolist()
+    """Sums of four endings each -> the endings that METRICS take, a list of three a task.
+
+    Where a sum is not a number none is taken, -1: of a broken model no task is right.
+    """
+    by_metric = torch.stack([nll, nll / tokens, nll / characters], -1).view(-1, 4, 3)
+    return by_metric.argmin(1).masked_fill(by_metric.isnan().any(1), -1).tolist()
 
 
 class Packed(NamedTuple):

@@ -4,15 +4,18 @@ train_gpt2.py reads them by `GPT.from_pretrained`; export.py writes them.
 """
 
 import json
+import logging
 import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import shorten
 from typing import NamedTuple
 
 import torch
 
 from common import UserError
+from fineweb import TABLE
 
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
@@ -174,6 +177,9 @@ def read(name):
         config_path, weights_paths = files(name)
         kind, config = read_config(config_path)
         sizes = {ours: config[theirs] for ours, theirs in kind.sizes.items()}
+        counts = [n for key, n in sizes.items() if key not in ("rope_theta", "tie_embeddings")]
+        if min(counts) < 1 or sizes["n_embd"] % sizes["n_head"]:
+            raise ValueError(f"impossible sizes: {sizes}")
         for key, value in kind.computed(sizes).items():
             if config.get(key, value) != value:
                 raise UserError(
@@ -183,17 +189,33 @@ def read(name):
         for path in weights_paths:
             weights |= load_file(path)
         weights = kind.from_theirs(weights, sizes["n_layer"])
-        if sizes["tie_embeddings"]:
-            weights["lm_head.weight"] = weights["transformer.wte.weight"]
+        if sizes["tie_embeddings"]:  # but a head of its own stays so, as in transformers 5
+            wte = weights["transformer.wte.weight"]
+            sizes["tie_embeddings"] = torch.equal(weights.setdefault("lm_head.weight", wte), wte)
         # GPT-2 has these, whatever the defaults of Config were changed to
         return dict(bias=True, qkv_bias=True) | sizes | kind.toggles, weights
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise unreadable(name, error) from None
 
 
+def has_other_tokens(name):
+    """Whether the vocabulary beside a model, if any, has other ids than GPT-2's for its tokens."""
+    folder = files(name)[0].parent
+    read, theirs = (lambda path: json.loads(path.read_text(encoding="utf-8"))), {}
+    try:
+        if (path := folder / "vocab.json").exists():
+            theirs = read(path)
+        elif (path := folder / "tokenizer.json").exists():
+            theirs = read(path)["model"]["vocab"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise unreadable(name, error) from None
+    ours = read(TABLE.with_name("vocab.json"))
+    return bool(theirs) and any(theirs.get(token, i) != i for token, i in ours.items())
+
+
 def unreadable(name, error):
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
-    return UserError(f"{name} is not a GPT-2 or Llama that can be read ({reason[:160]})")
+    reason = shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ...")
+    return UserError(f"{name} is not a GPT-2 or Llama that can be read ({reason})")
 
 
 def read_config(path):
@@ -215,13 +237,17 @@ def read_config(path):
 def files(name):
     """config.json and the safetensors files of a folder, or of a model on the Hugging Face hub."""
     if name and Path(name).is_dir():
-        there = {path.name: path for path in Path(name).iterdir()}
+        there = {path.name: path for path in sorted(Path(name).iterdir())}
+        if "config.toml" in there and (saved := [file for file in there if file.endswith(".pt")]):
+            raise UserError(f"{name} is a run's folder: name a checkpoint, {Path(name, saved[0])}")
         return find_files(there.get)
-    if name not in OPENAI and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
+    hub_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) and not Path(name).exists()
+    if name not in OPENAI and not hub_name:
         known = "none of gpt2[-medium|-large|-xl], and no owner/name of the hub"
         raise UserError(f"{name or 'an empty name'} is not a .pt file, not a folder, {known}")
     from huggingface_hub import errors, hf_hub_download
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each new try
     repository = f"openai-community/{name}" if name in OPENAI else str(name)
 
     def fetch(file):
@@ -235,9 +261,9 @@ def files(name):
     try:
         return find_files(fetch)
     except Exception as error:  # the hub's, the network's, the disk's: all mean the same here
-        why = " ".join(f"{type(error).__name__}: {error}".split())
+        why = shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ...")
         remedy = "check the name and the network, or name a folder"
-        raise UserError(f"{name} could not be downloaded: {remedy}\n       {why[:160]}") from None
+        raise UserError(f"{name} could not be downloaded: {remedy}\n       {why}") from None
 
 
 def find_files(get):
@@ -249,6 +275,7 @@ def find_files(get):
         return path
 
     config = needed("config.json")
+    get("vocab.json") or get("tokenizer.json")  # beside it, for has_other_tokens
     if weights := get("model.safetensors"):
         return config, [weights]
     if not (index := get("model.safetensors.index.json")):

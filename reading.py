@@ -105,9 +105,14 @@ def local_files(inputs):
     for given in inputs:
         if not given:
             raise UserError("one --input is empty: expected a file, a folder or a glob")
-        path = Path(os.path.expanduser(given))
-        inside = below(path) if path.is_dir() else map(Path, glob.glob(f"{path}", recursive=True))
-        files = {file for file in [path, *inside] if file.is_file()}
+        path = os.path.expanduser(given)
+        hits = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
+        files = set()
+        for hit in map(Path, hits):
+            files.update(below(hit) if hit.is_dir() else [hit])
+        if gone := [file for file in sorted(files) if not file.exists()]:
+            raise UserError(f"{gone[0]} is a link to what is not there: restore that or remove it")
+        files = {file for file in files if file.is_file()}
         readable = sorted((file for file in files if file_kind(file)), key=Path.as_posix)
         if not readable:
             state = f"none of the {len(files):,} files there ends" if files else "no file that ends"
@@ -119,15 +124,23 @@ def local_files(inputs):
 
 
 def below(folder):
-    """Yield what lies in a folder, in those in it and those that it links to, each once."""
+    """Yield what lies in a folder, in those in it and those that it links to, each once.
+
+    What is hidden is left out, as a glob leaves it out. OSError if a folder cannot be read.
+    """
+
+    def refuse(error):
+        raise error
+
     seen = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         folders.sort()  # of two ways to a folder the same is taken everywhere
         if (place := os.path.realpath(root)) in seen:
             folders.clear()
             continue
         seen.add(place)
-        yield from (Path(root, file) for file in files)
+        yield from (Path(root, file) for file in files if not file.startswith("."))
 
 
 def file_kind(path):
@@ -160,15 +173,14 @@ LONG_BYTES = 1 << 18  # a text above it is cut to stretches
 def read_text(path, _, skip):
     """One document, in Blocks that end where a text may be cut."""
     with open_bytes(path) as (file, share):
-        start, line, held, more = 0, 1, b"", b" "
-        while more:
+        start, line, held = 0, 1, file.read(BLOCK_BYTES)
+        while held:
             more = file.read(BLOCK_BYTES)
-            held += more
             end = last_cut(held) if more else len(held)
             if start >= skip and end:
                 load = functools.partial(parse_text, held[:end], path, start, line)
                 yield Block(load, start, share(), end, goes_on=start > 0)
-            start, line, held = start + end, line + held.count(b"\n", 0, end), held[end:]
+            start, line, held = start + end, line + held.count(b"\n", 0, end), held[end:] + more
 
 
 def last_cut(data):

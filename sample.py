@@ -10,7 +10,6 @@ max_new_tokens. Of a long prompt it reads the last block_size tokens.
 """
 
 import codecs
-import sys
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -18,6 +17,7 @@ import torch
 from torch.nn import functional as F
 
 import hardware
+import pretrained
 from common import UserError, alone, command_line, run
 from fineweb import END_OF_TEXT, tokenizer
 from train_gpt2 import (
@@ -68,12 +68,14 @@ def sampling(options):
 
 def load_text_model(name, device="cpu"):
     """`load_model` where text goes in or out: UserError if the ids are not GPT-2's."""
-    model = load_model(name, device)
+    model, own = load_model(name, device), None
     if model.cfg.vocab_size < VOCABULARY:
-        raise UserError(
-            f"{name} has vocab_size={model.cfg.vocab_size}: it was trained on other tokens than "
-            f"GPT-2's {VOCABULARY}, so text means nothing to it"
-        )
+        own = f"vocab_size={model.cfg.vocab_size}"
+    elif not str(name).endswith(".pt") and pretrained.has_other_tokens(name):
+        own = "a vocabulary of its own"
+    if own:
+        tokens = f"it was trained on other tokens than GPT-2's {VOCABULARY}"
+        raise UserError(f"{name} has {own}: {tokens}, so text means nothing to it")
     return model
 
 
@@ -137,7 +139,7 @@ def stream(model, prompt, how, max_new_tokens, seed):
 def typed_prompt():
     try:
         return input("prompt> ")
-    except EOFError:
+    except (EOFError, RuntimeError):  # the latter where there is no stdin at all
         print()
         return ""
 
@@ -158,8 +160,7 @@ def show(model, prompt, how, options, seed):
 
 
 def main():
-    flags = ["--interactive=True" if flag == "--interactive" else flag for flag in sys.argv[1:]]
-    options = command_line(Options, __doc__, flags)
+    options = command_line(Options, __doc__)
     how = sampling(options)
     alone("sample.py")
     if options.interactive and options.prompt:

@@ -406,7 +406,7 @@ class HeadLoss(torch.autograd.Function):
         for h, t in zip(x.to(low).chunk(chunks), targets.chunk(chunks), strict=True):
             d = h @ w.t()
             loss = loss + HeadLoss.of_logits(d, t, cap)
-            if ctx.needs_input_grad[0]:
+            if any(ctx.needs_input_grad):
                 dx.append((d @ w).to(x.dtype))
                 dh = d.t() @ (h * ctx.scale)
                 dw = dh.to(head.dtype) if dw is None else dw.add_(dh)
@@ -872,7 +872,8 @@ def load_moments(optimizer, saved):
         group["lr"] = old["lr"]  # the last step's, should no other step follow
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     theirs = {i: moments["exp_avg"].shape for i, moments in saved["state"].items()}
-    if theirs and theirs != {i: p.shape for i, p in enumerate(parameters)}:
+    ours = {i: p.shape for i, p in enumerate(parameters) if i in theirs}  # none of frozen ones
+    if theirs != ours:
         raise ValueError(f"its optimizer has {len(theirs)} tensors of other shapes or order")
     optimizer.load_state_dict(saved | {"param_groups": groups})
 
@@ -913,18 +914,20 @@ def resume(folder, state, runtime):
 class RunLog:
     """log/<run_name>: config.toml, and log.txt with a line `step stream value` for every number.
 
-    Append-only; where a step repeats after a restart, its last line counts. Rank 0 alone writes.
+    Append-only; common.read_log leaves out what a restart repeats. Rank 0 alone writes.
     """
 
     def __init__(self, folder, model, runtime, tokens, max_steps, start):
         self.folder, self.model, self.runtime, self.file = folder, model, runtime, None
         self.tokens, self.max_steps = tokens, max_steps  # of a step; of the run
-        self.warm, self.trackers = False, []
+        self.warm, self.trackers, self.unsaved = False, [], ""
         if runtime.rank != 0 or model.cfg.eval_only:
             return
         self.file = runs.open_log(folder, model.cfg.resume)
         with replacing(folder / "config.toml") as temporary:
             temporary.write_text(to_toml(model.cfg), encoding="utf-8")
+        if model.cfg.resume:
+            self.write(start, resumed=1)  # what a run had logged beyond it counts no more
         self.trackers = trackers.open_trackers(model.cfg, folder, start)
 
     def write(self, step, **values):
@@ -957,17 +960,15 @@ class RunLog:
             line += f" | {memory / 2**30:.1f} GiB"
         runtime.print(f"{line} | eta {timedelta(seconds=round(left * dt)) if warm else '...'}")
 
-    def save(self, state):
+    def save(self, state, prune=True):
         """Write step_{step}.pt, all that resuming needs; keep the newest keep_checkpoints."""
         more = {"optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict()}
         more["layout"] = state.layout
         name = f"step_{state.step:06d}.pt"
-        if self.write_checkpoint(name, state, more):
-            paths = runs.checkpoints(self.folder)  # a torn one of a later step counts for nothing
-            newest = paths.index(self.folder / name) + 1
-            for old in paths[: max(0, newest - self.model.cfg.keep_checkpoints)]:
-                with contextlib.suppress(OSError):  # in use, on Windows: the next time, then
-                    old.unlink()
+        saved = self.write_checkpoint(name, state, more)
+        self.unsaved = "" if saved or not self.file else name
+        if saved and prune:
+            runs.prune(self.folder, name, self.model.cfg.keep_checkpoints)
 
     def write_checkpoint(self, name, state, more):
         """Weights, config, step, best loss and `more`, whole or not at all -> is it written?"""
@@ -1113,11 +1114,13 @@ def set_up(cfg, runtime, shards):
 
 def train(cfg, runtime, check=False):
     """Train to max_steps or until asked to stop; with `check`, only say what a run would use."""
-    shards, val_shards = (TokenShards(cfg.data_dir, split) for split in ("train", "val"))
+    splits = ("train", "val") if cfg.eval_interval else ("train",)
+    shards, *val_shards = (TokenShards(cfg.data_dir, split) for split in splits)
     state, fast, loader, micro_steps = set_up(cfg, runtime, shards)
     model, cfg, B = state.model, state.model.cfg, loader.B
-    validation_windows(cfg, val_shards)
-    for split in (shards, val_shards):  # another tokenizer's ids show before anything is written
+    for split in val_shards:
+        validation_windows(cfg, split)
+    for split in (shards, *val_shards):  # another tokenizer's ids show before anything is written
         split.windows(np.linspace(0, len(split) - loader.T - 1, 64, dtype=int), cfg)
     folder = Path(cfg.log_dir) / cfg.run_name
     start, max_steps = state.step, cfg.max_steps or loader.steps_per_epoch()
@@ -1141,7 +1144,7 @@ def train(cfg, runtime, check=False):
                 log.save(state)
             if evaluates:
                 best = state.best
-                evaluate(state, val_shards, max(1, B // 2), log, runtime)  # eager: more memory
+                evaluate(state, *val_shards, max(1, B // 2), log, runtime)  # eager: more memory
                 if last and state.best < best:
                     log.save(state)  # for the day that max_steps is raised
             if last or stop:
@@ -1157,12 +1160,9 @@ def train(cfg, runtime, check=False):
                 runtime.print(f"step {step:5d} | not finite: update skipped, {skipped} in a row")
             if skipped == MAX_SKIPPED:
                 state.step -= MAX_SKIPPED  # the weights have not moved since
-                log.save(state)
-                raise UserError(
-                    f"{MAX_SKIPPED} steps in a row had a non-finite loss or gradient. {folder}/\n"
-                    f"       holds step {state.step}, from before them: lower learning_rate or "
-                    "set dtype=float32 or attention=flash, then --resume=True"
-                )
+                log.save(state, prune=False)  # should these be broken, an older one is needed
+                raise runs.diverged(folder, state.step, skipped, log.unsaved)
+    runs.refuse_unsaved(folder, log.unsaved)
     if stop and state.step < max_steps:
         runs.tell_how_to_continue(folder, state.step, runtime)
     else:

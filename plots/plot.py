@@ -9,6 +9,7 @@ log_norms=True there is a second picture, `<out>_norms`: gradients and updates b
 """
 
 import contextlib
+import re
 import sys
 import time
 import tomllib
@@ -77,7 +78,7 @@ def read_run(folder):
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{config} is not TOML: {error}") from None
     name = folder.resolve().name.replace("$", r"\$")  # else matplotlib reads it as a formula
-    edu = "edu_fineweb" in str(settings.get("data_dir"))
+    edu = re.search("edu_fineweb|fineweb-edu", str(settings.get("data_dir"))) is not None
     # With grad_accum_steps the batch also depends on the number of ranks, which nothing records.
     batch = 0 if settings.get("grad_accum_steps") else settings.get("total_batch_size", 0)
     return Run(name, streams, batch if isinstance(batch, int) else 0, edu)
@@ -122,11 +123,11 @@ def draw_losses(runs, out):
     in_tokens = all(run.batch for run in runs)  # else steps, the one thing that all runs have
     with picture(out, 1, 1 + hella, size) as (fig, [axes]):
         for i, run in enumerate(runs):
-            color, scale = COLORS[i % len(COLORS)], run.batch if in_tokens else 1
-            plot_losses(axes[0], run, color, scale)
+            scale = run.batch if in_tokens else 1
+            plot_losses(axes[0], run, look(i), scale)
             if "hella" in run.streams:
                 steps, values = run.streams["hella"]
-                axes[1].plot(steps * scale, values, "o-", color=color, markersize=3)
+                axes[1].plot(steps * scale, values, marker="o", markersize=3, **look(i))
         title = "Loss: validation (dots) and training"
         label_axes(axes[0], title, "loss (nats per token)", in_tokens)
         axes[0].set_ylim(*loss_range(runs))
@@ -138,6 +139,13 @@ def draw_losses(runs, out):
             axes[1].axhline(GPT3_HELLASWAG, **GPT3_LINE)
         # Under the panels, where it can cover no curve.
         fig.legend(handles=key, loc="outside lower center", frameon=False, fontsize=9)
+
+
+def look(i):
+    """How run i is drawn: COLORS in turn, then again in other strokes."""
+    strokes = ("-", "--", "-.", ":")
+    style = strokes[i // len(COLORS) % len(strokes)]
+    return {"color": COLORS[i % len(COLORS)], "linestyle": style}
 
 
 def draw_norms(runs, out):
@@ -194,18 +202,21 @@ def logarithms(values):
     return np.log(np.where(np.isfinite(values) & (values > 0), values, np.nan))
 
 
-def plot_losses(ax, run, color, scale):
+def plot_losses(ax, run, look, scale):
     if "train" in run.streams:
         steps, values = run.streams["train"]
         smoothed = smooth(values)
         if smoothed is not values:
-            ax.plot(steps * scale, values, color=color, alpha=0.12, linewidth=0.5)
-        ax.plot(steps * scale, smoothed, color=color, alpha=0.5, linewidth=1)
+            ax.plot(steps * scale, values, **look, alpha=0.12, linewidth=0.5)
+        ax.plot(steps * scale, smoothed, **look, alpha=0.5, linewidth=1)
+        finite = np.isfinite(np.array([np.nan, *smoothed, np.nan]))
+        lone = finite[1:-1] & ~finite[:-2] & ~finite[2:]  # no line leads to it
+        ax.plot(steps[lone] * scale, smoothed[lone], ".", color=look["color"], alpha=0.5)
     if "val" in run.streams:
         steps, values = run.streams["val"]
-        ax.plot(steps * scale, values, "o", color=color, markersize=3)
+        ax.plot(steps * scale, values, "o", color=look["color"], markersize=3)
         trained = steps > 0  # a line from the untrained model's loss would cut the corner
-        ax.plot(steps[trained] * scale, values[trained], color=color, linewidth=1.4)
+        ax.plot(steps[trained] * scale, values[trained], **look, linewidth=1.4)
 
 
 def smooth(values):
@@ -259,7 +270,7 @@ def legend(runs, hella):
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], color=COLORS[i % len(COLORS)], marker="o", markersize=4, label=describe(run))
+        Line2D([], [], **look(i), marker="o", markersize=4, label=describe(run))
         for i, run in enumerate(runs)
     ]
     scores = [f"validation {GPT2_LOSS:.4f}"] * any(run.edu for run in runs)
@@ -300,8 +311,7 @@ def watch(folders, out):
 
 
 def main():
-    flags = ["--watch=True" if flag == "--watch" else flag for flag in sys.argv[1:]]
-    options = command_line(Options, __doc__, flags)
+    options = command_line(Options, __doc__)
     if not options.runs:
         raise UserError("no run is named: python plots/plot.py log/gpt2_124m")
     out = Path(options.out or Path(__file__).parent / "loss_hellaswag.png")

@@ -17,6 +17,7 @@ import tqdm
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import common  # noqa: E402
 import reading  # noqa: E402
 import runs  # noqa: E402
 import train_gpt2  # noqa: E402
@@ -106,14 +107,13 @@ def tiny_run(tiny, shards, tmp_path):
 
 @pytest.fixture
 def read_log():
-    """Read a run folder's log.txt as {stream: {step: value}}; the last line of a step counts."""
+    """common.read_log of a run's folder, whose log.txt may hold no line of another kind."""
 
     def read(folder):
-        streams = {}
         for line in (folder / "log.txt").read_text(encoding="utf-8").splitlines():
-            step, stream, value = line.split()
-            streams.setdefault(stream, {})[int(step)] = float(value)
-        return streams
+            step, _, value = line.split()
+            int(step), float(value)
+        return common.read_log(folder / "log.txt")
 
     return read
 

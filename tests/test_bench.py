@@ -169,6 +169,10 @@ GPT2_IDS = dict(vocab_size=50304, n_embd=16)  # transformers' peer has GPT-2's v
 LLAMA = dict(mlp="swiglu", norm="rmsnorm", bias=False, pos_embedding="rope")
 
 
+def flags_of(keys):
+    return [f"--{key}={value}" for key, value in keys.items()]
+
+
 @pytest.mark.parametrize(
     "name, keys",
     [("plain", {}), ("transformers", GPT2_IDS), ("transformers", LLAMA | GPT2_IDS)],
@@ -207,6 +211,9 @@ def test_a_peer_takes_the_same_steps_beside_ours(name, figures, tiny, tmp_path):
 @pytest.mark.parametrize("name, keys, reason", [
     ("plain", ["--qk_norm=True", "--mlp=relu2"], "no mlp=relu2, qk_norm=True"),
     ("transformers", ["--logit_softcap=5"], "has no logit_softcap=5.0"),
+    ("transformers", ["--bias=False"], "GPT2LMHeadModel has no bias=False"),
+    ("transformers", ["--qkv_bias=False"], "GPT2LMHeadModel has no qkv_bias=False"),
+    ("transformers", [*flags_of(LLAMA), "--dropout=0.1"], "LlamaForCausalLM has no dropout=0.1"),
 ])  # fmt: skip
 def test_a_peer_of_another_architecture_is_refused(name, keys, reason, figures, tmp_path):
     with pytest.raises(UserError, match=f"against={name}.*{reason}$"):

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -77,6 +78,40 @@ def test_commands_to_copy_mean_what_they_were_made_of(text):
     for word in (text, f"--prompt={text}"):
         command = ["sh", "-c", f"printf %s {common.quoted(word)}"]
         assert subprocess.run(command, capture_output=True).stdout == word.encode()
+
+
+@dataclass(frozen=True)
+class Switches:
+    bare: bool = False
+    path: str = ""
+    paths: tuple[str, ...] = ()
+
+
+@pytest.mark.parametrize("words", [["--bare"], ["--bare=True"], ["--bare", "True"]])
+@pytest.mark.parametrize("after", [[], ["--path=x"]])
+def test_a_switch_may_stand_alone(words, after):
+    assert common.command_line(Switches, "", words + after).bare
+    assert not common.command_line(Switches, "", [*after, "--bare", "False"]).bare
+
+
+def test_the_home_folder_is_found_in_a_value(monkeypatch, tmp_path):
+    monkeypatch.setattr(common.Path, "home", lambda: tmp_path)
+    paths = {"~/x": f"{tmp_path}/x", "~": f"{tmp_path}", "a~/x": "a~/x", "~x": "~x", "/~/x": "/~/x"}
+    for word, meant in paths.items():
+        assert common.command_line(Switches, "", [f"--path={word}"]).path == meant
+
+
+def test_json_of_a_folder_is_refused(tmp_path):
+    with pytest.raises(common.UserError, match=r"--json=.* is a folder: name a file"):
+        common.write_json(tmp_path, {})
+
+
+def test_command_to_copy_names_files_from_where_it_is_copied(monkeypatch, tmp_path):
+    script, config = common.PROJECT / "sample.py", common.PROJECT / "configs" / "tiny.toml"
+    monkeypatch.chdir(tmp_path)
+    assert common.command("sample.py", config) == f"python {script} {config}"
+    monkeypatch.chdir(common.PROJECT)
+    assert common.command("sample.py", config).endswith(f" sample.py {Path('configs/tiny.toml')}")
 
 
 def test_only_what_a_shell_would_change_is_quoted():

@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import contextlib
 import errno
 import io
 import json
@@ -28,7 +29,7 @@ import fineweb
 import runs
 import train_gpt2
 from common import UserError, run
-from train_gpt2 import Loader, TokenShards
+from train_gpt2 import GPT, Loader, TokenShards
 
 ROOT = Path(__file__).parents[1]
 OWN_TASKS = ROOT / "tests" / "data" / "hellaswag_own.jsonl"
@@ -478,7 +479,7 @@ def test_checkpoint_of_another_layout_is_one_error_that_lists_what_differs(
 
 
 def test_without_room_a_line_says_so_before_writing_and_training_goes_on(
-    tiny_run, train, monkeypatch, capsys
+    tiny_run, train, read_log, monkeypatch, capsys
 ):
     cfg = replace(tiny_run, checkpoint_interval=2, eval_interval=2, max_steps=7)
     whole, _ = train(replace(cfg, run_name="whole"))
@@ -494,8 +495,11 @@ def test_without_room_a_line_says_so_before_writing_and_training_goes_on(
     monkeypatch.setattr(torch, "save", save)
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     capsys.readouterr()
-    folder, log = train(cfg)
-    told = capsys.readouterr().out
+    folder = Path(cfg.log_dir) / "run"
+    rest = "make room on the disk; --resume=True goes on from .*step_000002.pt"
+    with pytest.raises(UserError, match=f"step_000007.pt could not be saved: {rest}"):
+        train(cfg)
+    log, told = read_log(folder), capsys.readouterr().out
     assert saves == [2, 2]
     for name in ("step_000004.pt", "step_000006.pt", "step_000007.pt", "best.pt"):
         assert re.search(rf"^{name} is not saved: .* needs .*are free: free some", told, re.M), name
@@ -518,7 +522,7 @@ class FullDisk(io.FileIO):
 
 @pytest.mark.parametrize("room", [0, 100, 10_000, 100_000, 200_000])
 def test_disk_that_fills_up_amid_a_checkpoint_leaves_the_one_before(
-    tiny_run, train, monkeypatch, capsys, room
+    tiny_run, train, read_log, monkeypatch, capsys, room
 ):
     """What other programs wrote meanwhile no look at the disk beforehand can know."""
     cfg = replace(tiny_run, checkpoint_interval=2, max_steps=7)
@@ -531,13 +535,45 @@ def test_disk_that_fills_up_amid_a_checkpoint_leaves_the_one_before(
 
     monkeypatch.setattr(FullDisk, "room", room)
     monkeypatch.setattr(train_gpt2, "open", full_open, raising=False)
-    _, log = train(cfg)
-    told = capsys.readouterr().out
+    with pytest.raises(UserError, match=r"step_000007\.pt could not be saved"):
+        train(cfg)
+    log, told = read_log(folder), capsys.readouterr().out
     assert len(log["train"]) == 7
     for name in ("step_000004.pt", "step_000006.pt", "step_000007.pt"):
         assert re.search(rf"^{name} is not saved: .*[Nn]o space left", told, re.MULTILINE), told
     assert sorted(p.name for p in folder.iterdir()) == ["config.toml", "log.txt", "step_000002.pt"]
     assert newest(folder)["step"] == 2
+
+
+def test_stop_whose_checkpoint_finds_no_room_says_what_is_lost(tiny_run, train, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    monkeypatch.setattr(runs, "stop_on_signal", lambda *_: contextlib.nullcontext(lambda: True))
+    with pytest.raises(UserError, match=r"step_000001\.pt could not .*nothing of the run is kept"):
+        train(tiny_run)
+
+
+def test_log_of_a_resumed_run_has_one_history(tiny_run, train):
+    cfg = replace(tiny_run, max_steps=20, eval_interval=5, checkpoint_interval=5)
+    folder, _ = train(replace(cfg, keep_checkpoints=9))
+    for step in (15, 20):
+        (folder / f"step_{step:06d}.pt").unlink()
+    _, log = train(replace(cfg, resume=True, max_steps=13, eval_interval=4))
+    assert list(log["train"]) == list(range(13))
+    assert sorted(log["val"]) == [0, 5, 10, 12, 13]
+
+
+def test_frozen_weights_are_resumed_with(tiny_run, train, monkeypatch):
+    class Frozen(GPT):
+        def __init__(self, cfg):
+            super().__init__(cfg)
+            self.transformer.wpe.weight.requires_grad_(False)
+
+    monkeypatch.setattr(train_gpt2, "GPT", Frozen)
+    whole, _ = train(replace(tiny_run, run_name="whole"))
+    train(replace(tiny_run, max_steps=4, warmup_steps=2))
+    folder, _ = train(replace(tiny_run, resume=True))
+    frozen = newest(folder)["model"]["transformer.wpe.weight"]
+    assert torch.equal(frozen, newest(whole)["model"]["transformer.wpe.weight"])
 
 
 def test_config_changed_on_resume_is_shown_as_a_diff_and_used(tiny_run, train, capsys):
@@ -622,6 +658,24 @@ def test_restart_does_not_continue_a_run_that_was_refused(tiny_run, run_cli, wri
     done = run_cli("train_gpt2.py", name, "--rank_timeout=30", launcher=group)
     assert "holds a run" in done.stderr and done.returncode != 0
     assert (folder / "log.txt").read_bytes() == before
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_refused_run_takes_back_what_a_restart_would_find_but_for_a_run_that_goes_on(
+    tiny_run, monkeypatch, trained
+):
+    """torchrun's run id is "none" where no --rdzv-id is given: that of a run before this, too."""
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    folder = Path(tiny_run.log_dir) / "run"
+    log = runs.open_log(folder, resume=False)
+    if not trained:
+        log.close()
+    with pytest.raises(UserError, match="holds a run"):
+        runs.choose_run_name(replace(tiny_run, run_name="run"), "")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert runs.restarted(folder) == trained
+    log.close()
 
 
 @posix

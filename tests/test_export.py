@@ -14,6 +14,7 @@ import train_gpt2
 from common import UserError
 from fineweb import tokenizer
 from pretrained import KINDS
+from sample import load_text_model
 from train_gpt2 import ARCHITECTURE, GPT, Config, Sampling, complete, load_model
 
 LLAMA = {"pos_embedding": "rope", "mlp": "swiglu", "norm": "rmsnorm", "bias": False}
@@ -315,6 +316,64 @@ def test_a_model_where_the_command_runs_is_not_taken_for_one_of_the_hub(
     assert ("config.json is not there" in str(told.value)) == (kind == "EntryNotFoundError")
     with pytest.raises(UserError, match=r"an empty name is not a .pt file, not a folder"):
         GPT.from_pretrained("")
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_head_of_its_own_is_not_tied_whatever_the_config_says(shared_folder, tmp_path, equal):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(shared_folder, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"] = weights["transformer.wte.weight"] + (0 if equal else 1)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"]
+    model, idx = GPT.from_pretrained(tmp_path), torch.tensor([[3, 1, 4, 1, 5]])
+    assert model.cfg.tie_embeddings == equal
+    with torch.no_grad():
+        theirs = hugging_face(tmp_path)(idx).logits
+        torch.testing.assert_close(model(idx)[..., : theirs.size(-1)], theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("keys", [{"n_head": 3}, {"n_head": "2"}, {"n_layer": "2"}, {"n_embd": -8}])
+def test_impossible_sizes_are_one_error(shared_folder, tmp_path, keys):
+    shutil.copytree(shared_folder, tmp_path, dirs_exist_ok=True)
+    change_config(tmp_path, **keys)
+    with pytest.raises(UserError, match="is not a GPT-2 or Llama that can be read"):
+        GPT.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="is not a GPT-2 or Llama that can be read"):
+        GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["vocab.json", "tokenizer.json"])
+def test_text_is_not_given_to_a_model_of_other_tokens(shared_folder, tmp_path, file):
+    shutil.copytree(shared_folder, tmp_path, dirs_exist_ok=True)
+    ids = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
+    (tmp_path / "vocab.json").unlink()
+
+    def write(ids):
+        content = ids if file == "vocab.json" else {"model": {"vocab": ids}}
+        (tmp_path / file).write_text(json.dumps(content), encoding="utf-8")
+
+    write(ids | {"[PAD]": 50257})
+    load_text_model(tmp_path)
+    write(ids | {"hello": ids["world"], "world": ids["hello"]})
+    with pytest.raises(UserError, match=r"has a vocabulary of its own: it was trained on other"):
+        load_text_model(tmp_path)
+    assert GPT.from_pretrained(tmp_path).cfg.vocab_size == 50257  # its weights are good
+
+
+def test_a_runs_folder_is_told_its_checkpoint(checkpoint):
+    folder = Path(checkpoint()).parent
+    (folder / "config.toml").touch()
+    with pytest.raises(UserError, match=r"is a run's folder: name a checkpoint, .*best\.pt"):
+        load_model(folder)
+
+
+def test_a_file_that_is_there_is_not_looked_for_on_the_hub(shared_folder, monkeypatch):
+    monkeypatch.chdir(shared_folder.parent)
+    with pytest.raises(UserError, match=r"config\.json is not a \.pt file, not a folder"):
+        GPT.from_pretrained(f"{shared_folder.name}/config.json")
 
 
 def test_edited_defaults_do_not_change_what_a_folder_holds(shared_folder, monkeypatch):

@@ -1494,6 +1494,56 @@ def test_linked_folders_are_read_each_once(tmp_path):
         assert [path.relative_to(texts).as_posix() for path in found] == expected
 
 
+def test_hidden_files_and_folders_are_left_out_but_not_a_hidden_folder_that_is_named(tmp_path):
+    names = ("a.txt", ".b.txt", "._a.txt", ".git/c.txt", "d/.e/f.txt", "d/g.txt")
+    for path in (tmp_path / ".in" / name for name in names):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("text")
+    found = [tmp_path / ".in" / name for name in ("a.txt", "d/g.txt")]
+    assert reading.local_files([str(tmp_path / ".in")]) == found
+    assert reading.local_files([str(tmp_path / ".in" / ".b.txt")]) == [tmp_path / ".in" / ".b.txt"]
+
+
+def test_glob_that_finds_folders_reads_them_as_the_shells_own_would(tmp_path):
+    for path in (tmp_path / name for name in ("a/x.txt", "b/deep/y.txt", "c.txt", "d.csv")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("text")
+    expected = [tmp_path / name for name in ("a/x.txt", "b/deep/y.txt", "c.txt")]
+    assert reading.local_files([str(tmp_path / "*")]) == expected
+    assert reading.local_files([str(path) for path in sorted(tmp_path.glob("[abc]*"))]) == expected
+    assert reading.local_files([str(tmp_path / "**")]) == expected
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows lets not everyone make links")
+@pytest.mark.parametrize("name", ["b.txt", "more"])
+def test_link_to_what_is_not_there_is_an_error(tmp_path, name):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / name).symlink_to(tmp_path / "unmounted" / "b")
+    for path in (tmp_path, tmp_path / "*", tmp_path / name):
+        with pytest.raises(UserError, match=f"{name} is a link to what is not there"):
+            reading.local_files([str(path)])
+
+
+def test_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").write_text("text")
+    scandir = os.scandir
+
+    def guarded(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(PermissionError, match="closed"):
+        reading.local_files([str(tmp_path)])
+
+
+def test_small_text_is_one_block(tmp_path):
+    (tmp_path / "a.txt").write_text("one two three")
+    assert [block.size for block in reading.read_file(tmp_path / "a.txt", "", 0)] == [13]
+
+
 def test_name_with_glob_characters_is_a_name_first(tmp_path):
     (tmp_path / "a[1].txt").write_text("text")
     assert reading.local_files([str(tmp_path / "a[1].txt")]) == [tmp_path / "a[1].txt"]

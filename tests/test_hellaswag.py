@@ -1,3 +1,4 @@
+import copy
 import hashlib
 import json
 import math
@@ -201,6 +202,13 @@ def test_characters_are_those_of_the_ending_without_its_space(tasks):
 def test_one_metric_counts_tokens_and_another_characters():
     nll, tokens, characters = torch.tensor([[8.0, 9.0, 10.0, 99.0], [1, 2, 2, 9], [9, 9, 12, 9]])
     assert hellaswag.pick(nll, tokens, characters) == [[0, 1, 2]]
+
+
+def test_no_task_is_right_of_a_model_whose_output_is_no_number(tasks, model):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.transformer.ln_f.weight[0] = torch.nan
+        assert hellaswag.evaluate(broken, tasks).tolist() == [len(tasks), 0, 0, 0]
 
 
 def test_the_likeliest_ending_is_picked(tasks):

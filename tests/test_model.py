@@ -239,6 +239,15 @@ def test_recomputing_blocks_keeps_less_and_changes_no_gradient(
     assert saving_kept < kept
 
 
+def test_a_head_alone_can_be_trained(tiny, make_model):
+    model, idx = make_model(replace(tiny, tie_embeddings=False)).train(), tokens(tiny, 2, 16)
+    model.requires_grad_(False).lm_head.requires_grad_(True)
+    model(idx[:, :-1], idx[:, 1:]).backward()
+    expected = F.cross_entropy(model(idx[:, :-1]).flatten(0, 1), idx[:, 1:].flatten())
+    (gradient,) = torch.autograd.grad(expected, [model.lm_head.weight])
+    torch.testing.assert_close(model.lm_head.weight.grad, gradient)
+
+
 @pytest.mark.parametrize("chunks", [0, 1, 5, 30, 40])  # of 2 x 15 tokens
 def test_loss_and_its_gradients_are_those_of_cross_entropy(tiny, toggles, make_model, chunks):
     model = make_model(replace(tiny, loss_chunks=chunks, **toggles)).train()

@@ -213,6 +213,7 @@ def test_ten_in_a_row_end_the_run_with_a_checkpoint_from_before(
     reference, _ = train(replace(tiny_run, run_name="three", max_steps=3, warmup_steps=99))
     poison |= set(range(3, 100))
     cfg = replace(tiny_run, max_steps=20, warmup_steps=99, checkpoint_interval=checkpoint_interval)
+    cfg = replace(cfg, keep_checkpoints=1)
     with pytest.raises(UserError, match=r"10 steps in a row .*\n.* step 3, from before"):
         train(cfg)
     folder = reference.parent / "run"
@@ -222,6 +223,7 @@ def test_ten_in_a_row_end_the_run_with_a_checkpoint_from_before(
     assert kept["step"] == 3
     torch.testing.assert_close(kept["model"], expected["model"], rtol=0, atol=0)
 
+    assert len(list(folder.glob("step_*.pt"))) == 1 + bool(checkpoint_interval)  # none is deleted
     poison.clear()
     _, log = train(replace(cfg, resume=True))
     assert all(math.isfinite(loss) for loss in log["train"].values())

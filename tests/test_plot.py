@@ -219,6 +219,18 @@ def test_legend_tells_last_values_and_compares_only_what_can_be_compared(tmp_pat
 # ---------------------------------------------------------------- norms by group
 
 
+def test_more_runs_than_colours_are_told_apart_and_a_lone_loss_is_seen(tmp_path, figures):
+    folders = [write_run(tmp_path / f"run{i}") for i in range(9)]
+    Path(folders[8], "log.txt").write_text("0 train nan\n1 train 5.0\n2 train nan\n")
+    plot.draw([plot.read_run(folder) for folder in folders], tmp_path / "x.png")
+    (ax,) = figures["x.png"].axes
+    handles = figures["x.png"].legends[0].legend_handles
+    looks = {(line.get_color(), line.get_linestyle()) for line in handles}
+    assert len(looks) == 9
+    lone = [line for line in ax.lines if line.get_marker() == "." and len(line.get_xdata())]
+    assert [line.get_ydata().tolist() for line in lone] == [[5.0]]
+
+
 def test_norms_get_a_picture_of_their_own_where_a_run_has_them(tmp_path, figures):
     plain = plot.read_run(write_run(tmp_path / "plain"))
     full = plot.read_run(write_run(tmp_path / "full", norms=True))

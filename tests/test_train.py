@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -754,6 +755,17 @@ def test_resume_ends_a_torn_line_of_the_log(tiny_run, train, after_step):
 # ---------------------------------------------------------------- the run's folder
 
 
+def test_without_evaluations_no_validation_shards_are_needed(tiny_run, train, tmp_path):
+    shutil.copytree(tiny_run.data_dir, tmp_path / "copy")
+    tiny_run = replace(tiny_run, data_dir=str(tmp_path / "copy"))
+    for shard in (tmp_path / "copy").glob("*_val_*"):
+        shard.unlink()
+    with pytest.raises(UserError, match="no val shards"):
+        train(replace(tiny_run, eval_interval=5))
+    _, log = train(replace(tiny_run, eval_interval=0, max_steps=2))
+    assert len(log["train"]) == 2 and "val" not in log
+
+
 def test_newest_checkpoints_stay(tiny_run, train):
     folder, _ = train(replace(tiny_run, checkpoint_interval=2, keep_checkpoints=3, max_steps=9))
     steps = sorted(path.name for path in folder.glob("step_*.pt"))
@@ -1249,7 +1261,7 @@ def test_gpus_that_cannot_share_a_step_are_told_a_step_they_can(runtime, world, 
 
 
 def test_impossible_eval_tokens_and_foreign_ids_leave_no_folder(tiny_run, train):
-    for wrong in (dict(eval_tokens=5), dict(vocab_size=300)):
+    for wrong in (dict(eval_tokens=5, eval_interval=4), dict(vocab_size=300)):
         with pytest.raises(UserError):
             train(replace(tiny_run, **wrong))
     assert not (Path(tiny_run.log_dir) / "run").exists()
