@@ -22,11 +22,12 @@ class UserError(Exception):
 
 
 IN_THE_WAY = PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError
-# pauses in seconds: there a virus scanner may hold a file
+# seconds of pauses: on Windows a virus scanner may hold a file for a moment
 RETRIES = (0.02, 0.1, 0.5) if os.name == "nt" else ()
 DISK = [getattr(errno, name, 0) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS")]
 BAD_NAMES = [errno.ENAMETOOLONG, errno.ELOOP]
 PROJECT = Path(__file__).parent
+TEXTS = ("--prompt", "--text", "--sample_prompt")
 
 
 def first_rank():
@@ -74,9 +75,10 @@ def say(*words):
 def command_line(options, description, args=None, prog=None):
     """Parse `--key=value` (or `--key value`) into a dataclass; its comments are the help.
 
-    A switch may stand alone, for True. ~ at the beginning of a value is the home folder.
+    A switch may stand alone, for True. ~ after = is the home folder, but in a text.
     """
-    args = list(sys.argv[1:] if args is None else args)
+    args = sys.argv[1:] if args is None else args
+    args = [re.sub("^--[^=]+", lambda flag: f"--{flag[0][2:].replace('-', '_')}", x) for x in args]
     given = [arg.partition("=")[0] for arg in args]
     switches = [f"--{field.name}" for field in fields(options) if field.type is bool]
     for field in fields(options):
@@ -85,8 +87,8 @@ def command_line(options, description, args=None, prog=None):
     for i, (arg, following) in enumerate(itertools.pairwise([*args, ""])):
         if arg in switches and following not in ("True", "False"):
             args[i] = f"{arg}=True"
-        elif re.match(r"--\w+=~(?![^/])", arg):  # which a shell leaves as it is
-            args[i] = arg.replace("~", str(Path.home()), 1)
+        elif "=~" in arg and given[i] not in TEXTS:  # which a shell leaves as it is
+            args[i] = f"{given[i]}={os.path.expanduser(arg.partition('=')[2])}"
     return tyro.cli(
         options,
         prog=prog,
@@ -198,9 +200,9 @@ def check_disk(folder, size):
 def read_log(path):
     """A log.txt, lines of `step stream value`, as {stream: {step: value}}; {} where there is none.
 
-    Of a run that was resumed at a step, what it had logged beyond that is left out; where a step
-    repeats, its last line counts. So is what a kill has torn: a last line without its newline, and
-    a line that has no such three parts.
+    Of a run that was resumed at a step, what it had logged from there on is left out; where a step
+    repeats, its last line counts. What a kill has torn is left out, too: a last line without its
+    newline, and a line that has no such three parts.
     """
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     streams = {}
@@ -209,10 +211,11 @@ def read_log(path):
             step, stream, value = line.split()
             if stream == "resumed":
                 for name, points in streams.items():
-                    streams[name] = {k: x for k, x in points.items() if k <= int(step)}
+                    end = int(step) + (name in ("val", "hella"))  # of the same weights
+                    streams[name] = {k: x for k, x in points.items() if k < end}
             else:
                 streams.setdefault(stream, {})[int(step)] = float(value)
-    return streams
+    return {stream: points for stream, points in streams.items() if points}
 
 
 def quoted(word):

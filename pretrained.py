@@ -3,6 +3,7 @@
 train_gpt2.py reads them by `GPT.from_pretrained`; export.py writes them.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -200,21 +201,26 @@ def read(name):
 
 def has_other_tokens(name):
     """Whether the vocabulary beside a model, if any, has other ids than GPT-2's for its tokens."""
-    folder = files(name)[0].parent
-    read, theirs = (lambda path: json.loads(path.read_text(encoding="utf-8"))), {}
-    try:
+    folder = Path(name)
+    with contextlib.suppress(Exception):  # what is not there, nor on the hub, cannot be compared
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
+            wanted = ["vocab.json", "tokenizer.json"]
+            folder = Path(snapshot_download(str(name), allow_patterns=wanted))
         if (path := folder / "vocab.json").exists():
-            theirs = read(path)
-        elif (path := folder / "tokenizer.json").exists():
-            theirs = read(path)["model"]["vocab"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise unreadable(name, error) from None
-    ours = read(TABLE.with_name("vocab.json"))
-    return bool(theirs) and any(theirs.get(token, i) != i for token, i in ours.items())
+            theirs = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            path = folder / "tokenizer.json"
+            theirs = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
+        ours = json.loads(TABLE.with_name("vocab.json").read_text(encoding="utf-8"))
+        known = isinstance(theirs, dict)  # a list is that of another kind of tokenizer
+        return not known or any(theirs.get(token, i) != i for token, i in ours.items())
+    return False
 
 
 def unreadable(name, error):
-    reason = shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ...")
+    reason = shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
     return UserError(f"{name} is not a GPT-2 or Llama that can be read ({reason})")
 
 
@@ -261,7 +267,7 @@ def files(name):
     try:
         return find_files(fetch)
     except Exception as error:  # the hub's, the network's, the disk's: all mean the same here
-        why = shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ...")
+        why = shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
         remedy = "check the name and the network, or name a folder"
         raise UserError(f"{name} could not be downloaded: {remedy}\n       {why}") from None
 
@@ -275,7 +281,6 @@ def find_files(get):
         return path
 
     config = needed("config.json")
-    get("vocab.json") or get("tokenizer.json")  # beside it, for has_other_tokens
     if weights := get("model.safetensors"):
         return config, [weights]
     if not (index := get("model.safetensors.index.json")):

@@ -110,7 +110,7 @@ def local_files(inputs):
         files = set()
         for hit in map(Path, hits):
             files.update(below(hit) if hit.is_dir() else [hit])
-        if gone := [file for file in sorted(files) if not file.exists()]:
+        if gone := sorted(filter(is_missed, files)):
             raise UserError(f"{gone[0]} is a link to what is not there: restore that or remove it")
         files = {file for file in files if file.is_file()}
         readable = sorted((file for file in files if file_kind(file)), key=Path.as_posix)
@@ -121,6 +121,17 @@ def local_files(inputs):
         for file in readable:
             found.setdefault(os.path.realpath(file), file)
     return list(found.values())
+
+
+def is_missed(file):
+    """Whether it is a link to nothing that would be read: a text or, by its name, a folder."""
+    try:
+        file.stat()
+    except FileNotFoundError:
+        return bool(file_kind(file)) or not file.suffix
+    except OSError:  # a link that leads to itself
+        pass
+    return False
 
 
 def below(folder):

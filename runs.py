@@ -40,9 +40,10 @@ def choose_run_name(cfg, default):
     if cfg.run_name:
         if taken(cfg.run_name) and not cfg.resume:
             there = Path(cfg.log_dir) / cfg.run_name
-            with open(there / "log.txt", "rb+") as log:
-                if lock(log):  # nobody trains it: what torchrun starts again is refused, too
-                    (there / RESTARTS).unlink(missing_ok=True)
+            if may_restart():
+                with contextlib.suppress(OSError), open(there / "log.txt", "rb+") as log:
+                    if lock(log):  # nobody trains it: what torchrun starts again is refused, too
+                        (there / RESTARTS).unlink(missing_ok=True)
             raise UserError(f"{there}/ holds a run: add --resume=True, or take another --run_name")
         return cfg.run_name
     names = [default, *(f"{default}-{i}" for i in range(2, 10_000))]
@@ -73,7 +74,8 @@ def open_log(folder, resume):
 def checkpoints(folder):
     """The step_N.pt of a run, oldest first; a user's step_N_good.pt is none of them."""
     steps = {path.stem.removeprefix("step_"): path for path in folder.glob("step_*.pt")}
-    return [steps[step] for step in sorted(filter(str.isdecimal, steps), key=int)]
+    numbers = [step for step in steps if step.isascii() and step.isdecimal()]
+    return [steps[step] for step in sorted(numbers, key=int)]
 
 
 def prune(folder, newest, keep):
@@ -163,20 +165,23 @@ def introduce(state, loader, micro_steps, max_steps, runtime):
 
 def diverged(folder, step, skipped, unsaved):
     """The UserError of a run that is given up at `step`, after so many steps were skipped."""
-    where = f"step {step} is not saved" if unsaved else f"{folder}/\n       holds step {step}"
+    what = f"{skipped} steps in a row had a non-finite loss or gradient. "
+    if unsaved:
+        what += f"Step {step}, from\n       before them, could not be saved"
+    else:
+        what += f"{folder}/\n       holds step {step}, from before them"
     again = "lower learning_rate or set dtype=float32 or attention=flash, then --resume=True"
-    return UserError(
-        f"{skipped} steps in a row had a non-finite loss or gradient. {where}, from before them: "
-        f"{again}; if that fails, too, delete that step's file to go on from an older one"
-    )
+    if not unsaved and len(checkpoints(folder)) > 1:
+        again += " (should that fail, too, delete that step's file to go on from an older one)"
+    return UserError(f"{what}: {again}")
 
 
 def refuse_unsaved(folder, unsaved):
     """A UserError where a run's last checkpoint could not be saved."""
     if unsaved:
         last = checkpoints(folder)
-        rest = f"--resume=True goes on from {last[-1]}" if last else "nothing of the run is kept"
-        raise UserError(f"{unsaved} could not be saved: make room on the disk; {rest}")
+        rest = f"goes on from {last[-1]}" if last else "finds nothing to go on from"
+        raise UserError(f"{unsaved} could not be saved, as told above: --resume=True {rest}")
 
 
 def tell_how_to_continue(folder, step, runtime):

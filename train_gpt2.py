@@ -406,7 +406,7 @@ class HeadLoss(torch.autograd.Function):
         for h, t in zip(x.to(low).chunk(chunks), targets.chunk(chunks), strict=True):
             d = h @ w.t()
             loss = loss + HeadLoss.of_logits(d, t, cap)
-            if any(ctx.needs_input_grad):
+            if ctx.needs_input_grad[0]:
                 dx.append((d @ w).to(x.dtype))
                 dh = d.t() @ (h * ctx.scale)
                 dw = dh.to(head.dtype) if dw is None else dw.add_(dh)
@@ -872,8 +872,8 @@ def load_moments(optimizer, saved):
         group["lr"] = old["lr"]  # the last step's, should no other step follow
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     theirs = {i: moments["exp_avg"].shape for i, moments in saved["state"].items()}
-    ours = {i: p.shape for i, p in enumerate(parameters) if i in theirs}  # none of frozen ones
-    if theirs != ours:
+    ours = {i: p.shape for i, p in enumerate(parameters) if p.requires_grad}
+    if theirs and theirs != ours:
         raise ValueError(f"its optimizer has {len(theirs)} tensors of other shapes or order")
     optimizer.load_state_dict(saved | {"param_groups": groups})
 

@@ -71,7 +71,7 @@ def test_unknown_command_is_told_which_there_are(monkeypatch):
         bench.main()
 
 
-@pytest.mark.parametrize("name", ["memory", "tokenize", "hellaswag", "sample", "all"])
+@pytest.mark.parametrize("name", ["memory", "precision", "tokenize", "hellaswag", "sample", "all"])
 def test_what_is_measured_by_one_process_refuses_torchrun(name, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(sys, "argv", ["bench.py", name])
@@ -399,6 +399,9 @@ def test_random_tokens_stand_in_for_shards_and_go_again(name, figures, tiny, mon
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setenv(
+        "TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache")
+    )  # else it lies there, too
     missing = str(tmp_path / "missing")
     options = ["--tokens=5000", "--steps=2", f"--data_dir={missing}"]
     written = figures(name, *flags(tiny), *options)

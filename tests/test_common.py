@@ -84,7 +84,8 @@ def test_commands_to_copy_mean_what_they_were_made_of(text):
 class Switches:
     bare: bool = False
     path: str = ""
-    paths: tuple[str, ...] = ()
+    some_text: str = ""
+    prompt: str = ""
 
 
 @pytest.mark.parametrize("words", [["--bare"], ["--bare=True"], ["--bare", "True"]])
@@ -95,10 +96,20 @@ def test_a_switch_may_stand_alone(words, after):
 
 
 def test_the_home_folder_is_found_in_a_value(monkeypatch, tmp_path):
-    monkeypatch.setattr(common.Path, "home", lambda: tmp_path)
-    paths = {"~/x": f"{tmp_path}/x", "~": f"{tmp_path}", "a~/x": "a~/x", "~x": "~x", "/~/x": "/~/x"}
+    monkeypatch.setenv("USERPROFILE" if os.name == "nt" else "HOME", str(tmp_path))
+    home = str(tmp_path)
+    paths = {"~/x": f"{home}/x", "~": home, "a~/x": "a~/x", "~x-": "~x-", "/~/x": "/~/x"}
     for word, meant in paths.items():
         assert common.command_line(Switches, "", [f"--path={word}"]).path == meant
+    assert common.command_line(Switches, "", ["--some-text=~/x"]).some_text == f"{tmp_path}/x"
+    assert common.command_line(Switches, "", ["--prompt=~/x is"]).prompt == "~/x is"
+
+
+def test_what_a_resumed_run_had_logged_beyond_counts_no_more(tmp_path):
+    lines = ["0 val 11", "0 train 11", "3 val 9", "3 train 9", "5 hella 0.25", "3 resumed 1"]
+    path = tmp_path / "log.txt"
+    path.write_text("\n".join([*lines, "3 train 8", ""]))
+    assert common.read_log(path) == {"val": {0: 11, 3: 9}, "train": {0: 11, 3: 8}}
 
 
 def test_json_of_a_folder_is_refused(tmp_path):

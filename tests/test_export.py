@@ -360,6 +360,11 @@ def test_text_is_not_given_to_a_model_of_other_tokens(shared_folder, tmp_path, f
     write(ids | {"hello": ids["world"], "world": ids["hello"]})
     with pytest.raises(UserError, match=r"has a vocabulary of its own: it was trained on other"):
         load_text_model(tmp_path)
+    write([["hello", 0.0]])  # as another kind of tokenizer has it
+    with pytest.raises(UserError, match=r"has a vocabulary of its own: it was trained on other"):
+        load_text_model(tmp_path)
+    (tmp_path / file).write_text("{}" if file == "tokenizer.json" else "{", encoding="utf-8")
+    load_text_model(tmp_path)  # nothing to compare with
     assert GPT.from_pretrained(tmp_path).cfg.vocab_size == 50257  # its weights are good
 
 

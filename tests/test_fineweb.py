@@ -1515,13 +1515,23 @@ def test_glob_that_finds_folders_reads_them_as_the_shells_own_would(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows lets not everyone make links")
-@pytest.mark.parametrize("name", ["b.txt", "more"])
+@pytest.mark.parametrize("name", ["b.txt", "more", "b.jsonl.gz"])
 def test_link_to_what_is_not_there_is_an_error(tmp_path, name):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / name).symlink_to(tmp_path / "unmounted" / "b")
     for path in (tmp_path, tmp_path / "*", tmp_path / name):
         with pytest.raises(UserError, match=f"{name} is a link to what is not there"):
             reading.local_files([str(path)])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows lets not everyone make links")
+def test_links_that_are_not_missed_are_in_nobodys_way(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "picture.png").symlink_to(tmp_path / "unmounted")
+    (tmp_path / "up").symlink_to(tmp_path)
+    (tmp_path / "round").symlink_to(tmp_path / "round")
+    for path in (tmp_path, tmp_path / "**", tmp_path / "*"):
+        assert reading.local_files([str(path)]) == [tmp_path / "a.txt"]
 
 
 def test_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ def drawn(probabilities, rows=4000, seen=None, **how):
 # ---------------------------------------------------------------- cache and context
 
 
-def test_recomputing_blocks_is_for_gradients_alone(tiny, make_model):
+def test_a_model_that_recomputes_blocks_generates_the_same_in_training_mode(tiny, make_model):
     model, idx = make_model(tiny), prompt(2, 5)
     expected = continued(model, idx, 20)
     saving = make_model(replace(tiny, gradient_checkpointing=True)).train()
