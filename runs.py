@@ -29,6 +29,14 @@ def restarted(folder):
     return again and mark.exists() and mark.read_text() == os.environ["TORCHELASTIC_RUN_ID"]
 
 
+def forget_restarts(folder):
+    """Before a run is refused: then what torchrun starts again is, too, if nobody trains here."""
+    if may_restart():
+        with contextlib.suppress(OSError), open(folder / "log.txt", "rb+") as log:
+            if lock(log):
+                (folder / RESTARTS).unlink(missing_ok=True)
+
+
 def choose_run_name(cfg, default):
     """run_name, or the first free of default, default-2, ... (with resume: the last taken)."""
 
@@ -40,10 +48,7 @@ def choose_run_name(cfg, default):
     if cfg.run_name:
         if taken(cfg.run_name) and not cfg.resume:
             there = Path(cfg.log_dir) / cfg.run_name
-            if may_restart():
-                with contextlib.suppress(OSError), open(there / "log.txt", "rb+") as log:
-                    if lock(log):  # nobody trains it: what torchrun starts again is refused, too
-                        (there / RESTARTS).unlink(missing_ok=True)
+            forget_restarts(there)
             raise UserError(f"{there}/ holds a run: add --resume=True, or take another --run_name")
         return cfg.run_name
     names = [default, *(f"{default}-{i}" for i in range(2, 10_000))]
