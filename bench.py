@@ -179,7 +179,7 @@ class Plain(nn.Module):
         c = model.cfg
         only = dict(bias=True, qkv_bias=True, tie_embeddings=True, dropout=0.0)
         only |= KINDS["gpt2"].toggles
-        if wrong := [f"{k}={getattr(c, k)}" for k in only if getattr(c, k) != only[k]]:
+        if wrong := export.differing(c, only):
             raise UserError(f"against=plain is GPT-2's own architecture: no {', '.join(wrong)}")
         self.wte, self.wpe = (nn.Embedding(n, c.n_embd) for n in (c.vocab_size, c.block_size))
         self.h = nn.ModuleList(PlainBlock(c.n_embd, c.n_head) for _ in range(c.n_layer))
@@ -209,9 +209,9 @@ class Transformers(nn.Module):
         except UserError as error:
             reason, _, _ = str(error).partition("\n")
             raise UserError(f"against=transformers: {reason}") from None
-        c, only = model.cfg, dict(dropout=0.0)  # a Llama drops other activations out
-        only = dict(bias=True, qkv_bias=True) if model_type == "gpt2" else only
-        if wrong := [f"{k}={getattr(c, k)}" for k in only if getattr(c, k) != only[k]]:
+        llama = dict(dropout=0.0)  # it drops other activations out
+        only = dict(bias=True, qkv_bias=True) if model_type == "gpt2" else llama
+        if wrong := export.differing(model.cfg, only):
             kind = KINDS[model_type].name
             raise UserError(f"against=transformers: {kind} has no {', '.join(wrong)}")
         cfg = export.configs(model.cfg, model_type)["config.json"]

@@ -30,12 +30,16 @@ class Options:
     out_dir: str  # the folder to make: new, or empty
 
 
+def differing(cfg, only):
+    """What a Config has that is not as in the dict `only`, as `key=value`."""
+    return [f"{key}={getattr(cfg, key)}" for key in only if getattr(cfg, key) != only[key]]
+
+
 def find_kind(cfg):
     """The model_type that computes the same; else a UserError with what the nearer one lacks."""
     wrong = {}
     for model_type, kind in KINDS.items():
-        values = {key: getattr(cfg, key) for key in kind.toggles}
-        wrong[model_type] = [f"{k}={v}" for k, v in values.items() if v != kind.toggles[k]]
+        wrong[model_type] = differing(cfg, kind.toggles)
         if cfg.vocab_size < VOCABULARY:
             wrong[model_type].append(f"vocab_size={cfg.vocab_size}")
     nearest = min(wrong, key=lambda model_type: len(wrong[model_type]))

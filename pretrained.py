@@ -220,8 +220,11 @@ def has_other_tokens(name):
 
 
 def unreadable(name, error):
-    reason = shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
-    return UserError(f"{name} is not a GPT-2 or Llama that can be read ({reason})")
+    return UserError(f"{name} is not a GPT-2 or Llama that can be read ({in_short(error)})")
+
+
+def in_short(error):
+    return shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
 
 
 def read_config(path):
@@ -267,9 +270,8 @@ def files(name):
     try:
         return find_files(fetch)
     except Exception as error:  # the hub's, the network's, the disk's: all mean the same here
-        why = shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
-        remedy = "check the name and the network, or name a folder"
-        raise UserError(f"{name} could not be downloaded: {remedy}\n       {why}") from None
+        remedy = f"check the name and the network, or name a folder\n       {in_short(error)}"
+        raise UserError(f"{name} could not be downloaded: {remedy}") from None
 
 
 def find_files(get):

@@ -170,15 +170,15 @@ def introduce(state, loader, micro_steps, max_steps, runtime):
 
 def diverged(folder, step, skipped, unsaved):
     """The UserError of a run that is given up at `step`, after so many steps were skipped."""
-    what = f"{skipped} steps in a row had a non-finite loss or gradient. "
+    where, older = f"{folder}/\n       holds step {step}, from before them", ""
     if unsaved:
-        what += f"Step {step}, from\n       before them, could not be saved"
-    else:
-        what += f"{folder}/\n       holds step {step}, from before them"
-    again = "lower learning_rate or set dtype=float32 or attention=flash, then --resume=True"
-    if not unsaved and len(checkpoints(folder)) > 1:
-        again += " (should that fail, too, delete that step's file to go on from an older one)"
-    return UserError(f"{what}: {again}")
+        where = f"Step {step}, from\n       before them, could not be saved"
+    elif len(checkpoints(folder)) > 1:
+        older = " (should that fail, too, delete that step's file to go on from an older one)"
+    return UserError(
+        f"{skipped} steps in a row had a non-finite loss or gradient. {where}: lower learning_rate "
+        f"or set dtype=float32 or attention=flash, then --resume=True{older}"
+    )
 
 
 def refuse_unsaved(folder, unsaved):

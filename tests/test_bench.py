@@ -40,7 +40,11 @@ def figures(monkeypatch, tmp_path):
 
 
 def flags(cfg):
-    return [f"--{key}={value}" for key, value in asdict(cfg).items()]
+    return flags_of(asdict(cfg))
+
+
+def flags_of(keys):
+    return [f"--{key}={value}" for key, value in keys.items()]
 
 
 def assert_positive(written, *keys):
@@ -167,10 +171,6 @@ GPT2_IDS = dict(vocab_size=50304, n_embd=16)  # transformers' peer has GPT-2's v
 
 
 LLAMA = dict(mlp="swiglu", norm="rmsnorm", bias=False, pos_embedding="rope")
-
-
-def flags_of(keys):
-    return [f"--{key}={value}" for key, value in keys.items()]
 
 
 @pytest.mark.parametrize(
@@ -399,9 +399,7 @@ def test_random_tokens_stand_in_for_shards_and_go_again(name, figures, tiny, mon
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    monkeypatch.setenv(
-        "TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache")
-    )  # else it lies there, too
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # else there, too
     missing = str(tmp_path / "missing")
     options = ["--tokens=5000", "--steps=2", f"--data_dir={missing}"]
     written = figures(name, *flags(tiny), *options)
