@@ -917,8 +917,8 @@ def main():
     bench, kind = COMMANDS[name]
     if issubclass(kind, gpt.Config):
         options, _ = gpt.load_config(argv, kind, __doc__)
-        if options.resume:
-            raise UserError("bench.py starts from step 0: leave resume out")
+        if options.resume or options.check:
+            raise UserError("bench.py starts from step 0: leave resume and check out")
     else:
         options = command_line(kind, __doc__, argv, prog=f"bench.py {name}")
     for key, value in asdict(options).items():

@@ -13,7 +13,9 @@ import time
 import tomllib
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
+import numpy as np
 import tyro
 
 
@@ -100,8 +102,23 @@ def command_line(options, description, args=None, prog=None):
     )
 
 
+def check_types(options):
+    """A UserError unless a dataclass's values are of its types, wherever they come from."""
+    for field in fields(options):
+        kind, value = get_origin(field.type) or field.type, getattr(options, field.name)
+        if kind is Literal:
+            right, expected = value in get_args(field.type), " or ".join(get_args(field.type))
+        else:
+            right = isinstance(value, (int, float) if kind is float else kind)
+            expected = f"of type {kind.__name__}"
+        if not right:
+            raise UserError(f"{field.name}={value!r} must be {expected}")
+
+
 def toml_flags(path, options):
     """The TOML file's `key = value` lines as --key=value flags."""
+    if path.is_dir():
+        raise UserError(f"config {path} is a folder: name a file, such as {path / 'config.toml'}")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -218,6 +235,18 @@ def read_log(path):
     return {stream: points for stream, points in streams.items() if points}
 
 
+def tokens_at(steps, batch):
+    """Tokens that a run had seen before each of `steps`, from its log's stream `batch`.
+
+    That is {step: tokens per step from there on}: a resume may change them. What came before the
+    first is taken to be the same.
+    """
+    starts = sorted(batch)
+    spans = zip([0, *starts[1:]], [*starts[1:], np.inf], strict=True)
+    parts = zip(spans, (batch[start] for start in starts), strict=True)
+    return sum(tokens * np.clip(steps - a, 0, b - a) for (a, b), tokens in parts)
+
+
 def quoted(word):
     """A word of a command to copy, in double quotes where a shell would not take it as it is."""
     flag, value = re.fullmatch(r"(--\w+=)?(.*)", str(word), re.DOTALL).groups(default="")
@@ -241,6 +270,16 @@ def check_picture(path):
     """A UserError where --out does not end as a picture that matplotlib can write."""
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"--out={path} is not a picture: its name should end in .png, .svg or .pdf")
+
+
+def save_picture(fig, path):
+    """Write a matplotlib figure, whole or as it was before."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            fig.savefig(temporary, format=path.suffix[1:], dpi=150)
+    except OSError as error:
+        raise UserError(f"--out={path} cannot be written: {error}") from None
 
 
 def alone(script):

@@ -18,9 +18,20 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from common import UserError, alone, check_disk, command, command_line, move, read_log, run, to_toml
+from common import (
+    UserError,
+    alone,
+    check_disk,
+    command,
+    command_line,
+    move,
+    read_log,
+    run,
+    to_toml,
+    tokens_at,
+)
 from fineweb import END_OF_TEXT, TABLE
-from pretrained import KINDS
+from pretrained import KINDS, on_hub
 from train_gpt2 import VOCABULARY, load_model, read_checkpoint
 
 
@@ -91,16 +102,23 @@ def run_rows(name):
     """What a checkpoint, and log.txt beside it, tell of the run: rows of the model card."""
     cfg, checkpoint = read_checkpoint(name)
     steps, best = checkpoint["step"], checkpoint["best"]
+    log = read_log(Path(name).with_name("log.txt"))
+
+    def last(stream):
+        """(step, value) of the last time before these weights were left behind."""
+        return max((at for at in log.get(stream, {}).items() if at[0] <= steps), default=None)
+
     rows = {"data": Path(cfg.data_dir).name, "optimizer steps": f"{steps:,}"}
-    if not cfg.grad_accum_steps:  # else tokens depend on the number of ranks
-        rows["training tokens"] = f"{steps * cfg.total_batch_size:,}"
-    if math.isfinite(best):
-        rows["best validation loss"] = f"{best:.4f} (perplexity {math.exp(min(best, 99)):.2f})"
-    scores = read_log(Path(name).with_name("log.txt")).get("hella", {})
-    if scored := [step for step in scores if step <= steps]:
-        step, examples = max(scored), f"hellaswag_examples={cfg.hellaswag_examples}"
-        row = "HellaSwag acc_norm, as build-nanogpt scores it"
-        rows[row] = f"{scores[step]:.4f} (step {step:,}, {examples})"
+    if "batch" in log:
+        rows["training tokens"] = f"{tokens_at(steps, log['batch']):,.0f}"
+    if at := last("val"):
+        perplexity = math.exp(min(at[1], 99))
+        rows["validation loss"] = f"{at[1]:.4f} (perplexity {perplexity:.2f}, step {at[0]:,})"
+    elif math.isfinite(best):
+        rows["lowest validation loss of the run"] = f"{best:.4f}"
+    if at := last("hella"):
+        row, examples = "HellaSwag acc_norm", f"hellaswag_examples={cfg.hellaswag_examples}"
+        rows[f"{row}, as build-nanogpt scores it"] = f"{at[1]:.4f} (step {at[0]:,}, {examples})"
     return rows
 
 
@@ -112,12 +130,13 @@ def model_card(title, name, cfg, kind, parameters):
         "layers, heads, width": f"{cfg.n_layer}, {cfg.n_head}, {cfg.n_embd}",
         "context": f"{cfg.block_size:,} tokens",
     }
-    settings = ""
+    settings, length = "", max(1, min(64, cfg.block_size // 2))  # beyond its context GPT-2 crashes
     if name.endswith(".pt"):
         rows |= run_rows(name)
         # the names of folders, not where they lie on the machine that trained
-        paths = ("data_dir", "log_dir", "init_from", "hellaswag_path")
-        public = replace(cfg, **{key: Path(getattr(cfg, key)).name for key in paths})
+        paths = {key: getattr(cfg, key) for key in ("data_dir", "log_dir", "hellaswag_path")}
+        paths |= {} if on_hub(cfg.init_from) else {"init_from": cfg.init_from}
+        public = replace(cfg, **{key: Path(path).name for key, path in paths.items()})
         settings = f"\nThe run's settings (train_gpt2.py):\n\n```toml\n{to_toml(public)}```\n"
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"""---
@@ -136,7 +155,8 @@ A language model: it continues text.
 from transformers import pipeline
 
 complete = pipeline("text-generation", "path/to/{title}")
-print(complete("Hello, I'm a language model,")[0]["generated_text"])
+told = complete("Hello, I'm a language model,", max_new_tokens={length})
+print(told[0]["generated_text"])
 ```
 {settings}"""
 

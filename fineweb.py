@@ -47,7 +47,18 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 import hub
 import reading
-from common import PROJECT, UserError, check_disk, command, command_line, lock, move, replacing, run
+from common import (
+    PROJECT,
+    UserError,
+    check_disk,
+    command,
+    command_line,
+    first_rank,
+    lock,
+    move,
+    replacing,
+    run,
+)
 from reading import PIECE, bounds, count, large_strings, local_files
 
 TABLE = Path(__file__).parent / "assets" / "gpt2.tiktoken"  # `<token in base64> <id>` a line
@@ -86,6 +97,18 @@ def shard_paths(folder, split):
     check_finished(Path(folder))
     paths = sorted(Path(folder).glob(f"*_{split}[_.]*"))  # llm.c has ..._train.bin, too
     return [path for path in paths if path.suffix in (".npy", ".bin")]
+
+
+def find_shards(folder, split):
+    """shard_paths; where there are none, a UserError with two commands that make some."""
+    if paths := shard_paths(folder, split):
+        return paths
+    raise UserError(
+        f"no {split} shards in {Path(folder)}/ (is another --data_dir meant?)."
+        " FineWeb-Edu (20 GB): python fineweb.py\n"
+        "       two minutes, no download: python fineweb.py --source=python-docs && "
+        "python train_gpt2.py configs/tiny.toml"
+    )
 
 
 def open_shard(path, scattered=False):
@@ -280,7 +303,7 @@ def open_source(options, revision):
     if options.source == "python-docs":
         return Source(platform.python_version(), [1], lambda _, skip: reading.read_documents(skip))
     if options.source == "local":
-        paths = local_files(options.input)
+        paths = local_files(options.input, tell_left_out)
         sizes = [max(1, path.stat().st_size) for path in paths]
         return Source("", sizes, lambda i, skip: reading.read_file(paths[i], column, skip))
     dataset = hub.Dataset(options.dataset, revision or options.revision)
@@ -300,6 +323,13 @@ def open_source(options, revision):
         return Source(dataset.commit, sizes, read)
     hub.check_room(hub.cache(), dataset.missing(files))
     return Source(dataset.commit, sizes, read, fetch, lambda: dataset.missing(files))
+
+
+def tell_left_out(files):
+    endings = sorted({path.suffix or "no ending" for path in files})
+    more = ", ..." if len(endings) > 5 else ""
+    if first_rank():
+        print(f"left out: {len(files):,} files of other kinds ({', '.join(endings[:5])}{more})")
 
 
 HELD_OUT = re.compile(r"(?<![a-z])(test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
@@ -571,7 +601,8 @@ def save_shards(tokens, sizes, made, options, ranks, manifest):
             if number == 0 and not place:
                 needed = f"--val_tokens={options.val_tokens} and some to train on"
                 part = "the first process's part of the input" if ranks.world > 1 else "the input"
-                raise UserError(f"{part} gives {held:,} tokens, too few for {needed}")
+                remedy = f"add text, or try --val_tokens={max(1, held // 10)}"
+                raise UserError(f"{part} gives {held:,} tokens, too few for {needed}: {remedy}")
             if not partial.exists():  # so that a shard without a manifest is never this tool's
                 write_manifest(partial, manifest)
         manifest["shards"].append(describe(path))

@@ -250,8 +250,7 @@ def files(name):
         if "config.toml" in there and (saved := [file for file in there if file.endswith(".pt")]):
             raise UserError(f"{name} is a run's folder: name a checkpoint, {Path(name, saved[0])}")
         return find_files(there.get)
-    hub_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) and not Path(name).exists()
-    if name not in OPENAI and not hub_name:
+    if not on_hub(name):
         known = "none of gpt2[-medium|-large|-xl], and no owner/name of the hub"
         raise UserError(f"{name or 'an empty name'} is not a .pt file, not a folder, {known}")
     from huggingface_hub import errors, hf_hub_download
@@ -272,6 +271,12 @@ def files(name):
     except Exception as error:  # the hub's, the network's, the disk's: all mean the same here
         remedy = f"check the name and the network, or name a folder\n       {in_short(error)}"
         raise UserError(f"{name} could not be downloaded: {remedy}") from None
+
+
+def on_hub(name):
+    """Whether it names a model on the Hugging Face hub, and nothing that lies here."""
+    owner_and_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name))
+    return name in OPENAI or bool(owner_and_name and not Path(name).exists())
 
 
 def find_files(get):

@@ -99,14 +99,19 @@ def docstrings(node, name):
 # ---------------------------------------------------------------- files
 
 
-def local_files(inputs):
-    """The files to read under files, folders and globs: in the inputs' order, then by name."""
-    found = {}
+def local_files(inputs, tell=lambda left_out: None):
+    """The files to read under files, folders and globs: in the inputs' order, then by name.
+
+    `tell` is called with those of other kinds that lie among them, if there are any.
+    """
+    found, left_out = {}, set()
     for given in inputs:
         if not given:
             raise UserError("one --input is empty: expected a file, a folder or a glob")
         path = os.path.expanduser(given)
         hits = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
+        if not hits:
+            raise UserError(f"--input={given}: there is no such file or folder")
         files = set()
         for hit in map(Path, hits):
             files.update(below(hit) if hit.is_dir() else [hit])
@@ -115,11 +120,13 @@ def local_files(inputs):
         files = {file for file in files if file.is_file()}
         readable = sorted((file for file in files if file_kind(file)), key=Path.as_posix)
         if not readable:
-            state = f"none of the {len(files):,} files there ends" if files else "no file that ends"
             kinds = f"{', '.join(READERS)} (but for the last also with .gz or .zst)"
-            raise UserError(f"--input={given}: {state} {kinds}")
+            raise UserError(f"--input={given}: none of the {len(files):,} files there ends {kinds}")
+        left_out |= files - set(readable)
         for file in readable:
             found.setdefault(os.path.realpath(file), file)
+    if left_out:
+        tell(left_out)
     return list(found.values())
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import hardware
-from common import PROJECT, UserError, command, first_rank, lock, say
+from common import PROJECT, UserError, command, first_rank, lock, read_log, replacing, say, to_toml
 from fineweb import END_OF_TEXT
 
 RESTARTS = "torchrun.txt"  # in a run's folder: the torchrun that may restart it
@@ -56,12 +56,12 @@ def choose_run_name(cfg, default):
     return names[max(0, free - 1) if cfg.resume else free]
 
 
-def open_log(folder, resume):
-    """log.txt, opened to append, of a folder that is this process's from now on."""
+def open_log(folder, cfg):
+    """log.txt, opened to append, of a folder that is this process's from now on; config.toml."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "log.txt"
     torn = path.exists() and not path.read_bytes().endswith(b"\n")
-    mode = "a" if resume else "x"  # of two runs that start at once, one has the name
+    mode = "a" if cfg.resume else "x"  # of two runs that start at once, one has the name
     try:
         file = open(path, mode, buffering=1, encoding="utf-8", newline="\n")  # noqa: SIM115
     except FileExistsError:
@@ -73,7 +73,14 @@ def open_log(folder, resume):
         temporary.unlink()  # left by a kill in the middle of a checkpoint
     if may_restart():
         (folder / RESTARTS).write_text(os.environ["TORCHELASTIC_RUN_ID"])
+    with replacing(folder / "config.toml") as temporary:
+        temporary.write_text(to_toml(cfg), encoding="utf-8")
     return file
+
+
+def batches(folder):
+    """{step: tokens per optimizer step from there on} of a run, as common.tokens_at takes it."""
+    return read_log(folder / "log.txt").get("batch", {})
 
 
 def checkpoints(folder):
@@ -147,11 +154,13 @@ def telling_obstacles(cfg, runtime):
 def introduce(state, loader, micro_steps, max_steps, runtime):
     """Say on what, with what and how long the run trains."""
     model, world, tokens = state.model, runtime.world, loader.G * loader.T
-    cfg, layout = model.cfg, [len(loader.shards), loader.G]
-    if state.layout not in (None, layout):
+    cfg = model.cfg
+    if state.layout not in (None, loader.layout):
         text = "{:,} tokens of data, {:,} sequences a step"
-        was, now = text.format(*state.layout), text.format(*layout)
+        was, now = text.format(*state.layout), text.format(*loader.layout)
         runtime.print(f"the batches change from here on: {was} before, {now} now")
+    if state.step > max_steps and cfg.max_steps:  # config.toml would tell of a run that never was
+        raise UserError(f"max_steps={max_steps} was passed: the run is at step {state.step}")
     if state.step >= max_steps:
         runtime.print(f"step {state.step} is done: for more set --max_steps above {state.step}")
     name = torch.cuda.get_device_name() if runtime.device.type == "cuda" else runtime.device

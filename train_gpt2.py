@@ -13,7 +13,6 @@ To read this file, start at `train` near the end, then go where it leads.
 
 import contextlib
 import functools
-import inspect
 import math
 import os
 import sys
@@ -22,7 +21,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from itertools import count, islice
+from itertools import count, islice, takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -42,9 +41,18 @@ import hellaswag
 import pretrained
 import runs
 import trackers
-from common import UserError, check_disk, command_line, replacing, run, say, to_toml, toml_flags
+from common import (
+    UserError,
+    check_disk,
+    check_types,
+    command_line,
+    replacing,
+    run,
+    say,
+    tokens_at,
+    toml_flags,
+)
 from fineweb import END_OF_TEXT
-from hardware import compile_obstacle, find_device, find_dtype, peak_flops, product_dtype
 
 # ---------------------------------------------------------------- configuration
 
@@ -58,7 +66,7 @@ class Config:
     block_size: int = 1024  # longest context, T, in tokens
     vocab_size: int = 50304  # GPT-2's 50257 ids padded to a multiple of 128, for speed
     pos_embedding: Literal["learned", "rope"] = "learned"  # learned: GPT-2; rope: rotary
-    rope_theta: float = 10000.0  # base of the rotary wavelengths
+    rope_theta: float = 10000.0  # base of the rotary frequencies
     mlp: Literal["gelu", "swiglu", "relu2"] = "gelu"  # gelu (tanh): GPT-2
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # layernorm: GPT-2
     bias: bool = True  # biases in Linear and LayerNorm
@@ -66,57 +74,57 @@ class Config:
     tie_embeddings: bool = True  # the head is the token embedding transposed
     qk_norm: bool = False  # RMS-normalize queries and keys: steadier at high learning rates
     logit_softcap: float = 0.0  # bound logits to +-cap by tanh; 0 = off
-    dropout: float = 0.0  # 0 when data is plenty; 0.1 for many epochs of little text
-    init_from: str = ""  # gpt2[-medium|-large|-xl], folder, .pt: sets all above except dropout
+    init_from: str = ""  # gpt2[-medium|-large|-xl], a folder or a .pt: sets all above
+    dropout: float = 0.0  # 0 where data is plentiful; 0.1 for many epochs of little text
     # data and batch
     data_dir: str = "edu_fineweb10B"  # folder of token shards (python fineweb.py makes it)
     shuffle: bool = True  # visit the windows of an epoch in random order
     seed: int = 1337  # weights, data order and dropout
-    total_batch_size: int = 524_288  # tokens an optimizer step, over all ranks
-    micro_batch_size: int = 0  # sequences a forward pass, B; 0 = the most that fits (CPU: 4)
-    grad_accum_steps: int = 0  # micro-steps an optimizer step; > 0 overrides total_batch_size
+    total_batch_size: int = 524_288  # tokens per optimizer step, over all ranks
+    micro_batch_size: int = 0  # sequences per forward pass and rank, B; 0 = what fits (CPU: 4)
+    grad_accum_steps: int = 0  # micro-steps per optimizer step; > 0 overrides total_batch_size
     # optimizer: the GPT-3 paper's settings
     learning_rate: float = 6e-4  # peak, reached after warmup_steps
     min_lr_ratio: float = 0.1  # the cosine ends at learning_rate * min_lr_ratio
     warmup_steps: int = 715  # linear warm-up: 375M tokens, as GPT-3
     max_steps: int = 0  # optimizer steps; 0 = one epoch of the shards, rounded up
-    weight_decay: float = 0.1  # on matrices and embeddings, not on biases and norms
+    weight_decay: float = 0.1  # of matrices and embeddings, not of biases and norms
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW; GPT-3's, steadier than 0.999
     grad_clip: float = 1.0  # largest global gradient norm; 0 = off
     # evaluation
     eval_interval: int = 250  # steps between evaluations; 0 = off
-    eval_tokens: int = 10_485_760  # validation tokens, whatever the batch or the GPUs
+    eval_tokens: int = 10_485_760  # validation tokens per evaluation, whatever the batch size
     eval_only: bool = False  # evaluate init_from's model as it is, train and write nothing
-    hellaswag_examples: int = 10_042  # tasks an evaluation; 10042 = all, 0 = off
-    hellaswag_path: str = ""  # a hellaswag_val.jsonl at hand; else it is downloaded once
+    hellaswag_examples: int = 10_042  # tasks per evaluation; 10042 = all, 0 = off
+    hellaswag_path: str = ""  # your copy of hellaswag_val.jsonl; "" = download it once
     sample_prompt: str = "Hello, I'm a language model,"  # continued at evaluations; "" = off
     # run
     run_name: str = ""  # folder under log_dir; default: the config's name, then -2, -3, ...
     log_dir: str = "log"  # where runs are kept
     log_interval: int = 10  # steps between console lines; log.txt has every step
     checkpoint_interval: int = 1000  # steps between checkpoints; 0 = only the last
-    keep_checkpoints: int = 2  # newest checkpoints that stay, besides best.pt
+    keep_checkpoints: int = 2  # newest checkpoints to keep, besides best.pt
     wandb_project: str = ""  # also log to this project of W&B; "" = off
     wandb_run_name: str = ""  # the run's name there; "" = run_name
     tensorboard: bool = False  # also write TensorBoard's event files into the run's folder
     log_norms: bool = False  # also log gradient norms and update sizes by kind of layer
     resume: bool = False  # continue from the run's newest checkpoint; if none, start anew
+    check: bool = False  # only say what this run would use, and whether it can start
     # system
     device: str = "auto"  # auto | cuda | mps | cpu
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of matrix products
     attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"  # SDPA's kernel
     gradient_checkpointing: bool = False  # keep no activations inside blocks: less memory, slower
-    loss_chunks: int = 0  # parts whose logits are made one at a time; 0 = 8,192 tokens each
+    loss_chunks: int = 0  # logits exist for one chunk at a time; 0 = chunks of 8,192 tokens
     compile_model: bool = True  # torch.compile: up to minutes at the start, then faster steps
     rank_timeout: int = 600  # seconds that a rank waits for the others before the run ends
 
+    __post_init__ = check_types
+
 
 # What must agree between a checkpoint and a model; a pretrained model decides all of it.
-ARCHITECTURE = [
-    "n_layer", "n_head", "n_embd", "block_size", "vocab_size", "pos_embedding", "rope_theta", "mlp",
-    "norm", "bias", "qkv_bias", "tie_embeddings", "qk_norm", "logit_softcap",
-]  # fmt: skip
+ARCHITECTURE = list(takewhile(lambda key: key != "init_from", Config.__annotations__))
 AT_LEAST_ONE = ["n_layer", "n_head", "n_embd", "block_size", "vocab_size", "total_batch_size",
     "eval_tokens", "log_interval", "keep_checkpoints", "rank_timeout", "rope_theta"]  # fmt: skip
 VOCABULARY = END_OF_TEXT + 1  # ids from here up only pad the matrices
@@ -130,6 +138,8 @@ def load_config(argv, kind=Config, about=__doc__):
         path = Path(flags.pop(0))
         from_files += toml_flags(path, kind)
         name = path.stem
+    if late := [word for word in flags if word.endswith(".toml") and not word.startswith("-")]:
+        raise UserError(f"{late[0]} stands after a --flag: name the TOML files first")
     cfg = command_line(kind, about, from_files + flags)
     validate(cfg)
     return cfg, name
@@ -144,8 +154,7 @@ def validate(cfg):
         if isinstance(value, str) and value.encode(errors="ignore").decode() != value:
             raise UserError(f"{key}={value!r} must be UTF-8")
     c, hs = cfg, cfg.n_embd // cfg.n_head
-    own_ids = c.vocab_size < VOCABULARY  # so there is no text to make or to score
-    rules = {  # what is wrong: whether it is
+    rules = {  # message: whether it applies
         f"n_embd={c.n_embd} is not a multiple of n_head={c.n_head}; try {max(1, hs) * c.n_head}":
             c.n_embd % c.n_head,
         f"pos_embedding=rope turns pairs, but n_embd/n_head={hs} is odd; try another n_head":
@@ -154,31 +163,29 @@ def validate(cfg):
             max(c.dropout, c.beta1, c.beta2) >= 1,
         f"vocab_size={c.vocab_size} is more than the 65536 ids that uint16 shards can hold":
             c.vocab_size > 65_536,
-        f"hellaswag_examples={c.hellaswag_examples} needs GPT-2's ids; try --hellaswag_examples=0":
-            c.hellaswag_examples and own_ids,
-        f"sample_prompt={c.sample_prompt!r} needs GPT-2's ids; try --sample_prompt=":
-            c.sample_prompt and own_ids,
+        f"vocab_size={c.vocab_size} is not GPT-2's, and so there is no text to score or to sample; "
+        "try --hellaswag_examples=0 --sample_prompt=":
+            c.vocab_size < VOCABULARY and (c.hellaswag_examples or c.sample_prompt),
         "eval_only=True needs a model; try --init_from=gpt2": c.eval_only and not c.init_from,
+        "check=True is for a run that trains; try without eval_only": c.check and c.eval_only,
         f"run_name={c.run_name!r} must be a single folder name; its place is set by log_dir":
             Path(c.run_name).name != c.run_name or c.run_name == ".." or "\0" in c.run_name,
     }  # fmt: skip
-    if wrong := [what for what, holds in rules.items() if holds]:
+    if wrong := [message for message, applies in rules.items() if applies]:
         raise UserError(wrong[0])
 
 
-def batch_layout(cfg, world, micro_batch_size):
-    """(Micro-steps, sequences G) of an optimizer step, for B sequences a micro-step and rank."""
-    B, T = micro_batch_size, cfg.block_size
-    if cfg.grad_accum_steps:
-        return cfg.grad_accum_steps, B * cfg.grad_accum_steps * world
-    tokens = B * T * world
-    if cfg.total_batch_size % tokens:
+def batch_layout(cfg, world, B):
+    """(Micro-steps, sequences G) per optimizer step, for B sequences per micro-step and rank."""
+    T, tokens = cfg.block_size, B * cfg.block_size * world
+    if not cfg.grad_accum_steps and cfg.total_batch_size % tokens:
         near = max(1, round(cfg.total_batch_size / tokens)) * tokens
         raise UserError(
             f"total_batch_size={cfg.total_batch_size} is not a multiple of "
             f"micro_batch_size*block_size*world={B}*{T}*{world}={tokens}; try {near}"
         )
-    return cfg.total_batch_size // tokens, cfg.total_batch_size // T
+    micro_steps = cfg.grad_accum_steps or cfg.total_batch_size // tokens
+    return micro_steps, micro_steps * B * world
 
 
 # ---------------------------------------------------------------- runtime
@@ -190,8 +197,8 @@ class Runtime:
     def __init__(self, device="auto", dtype="auto", timeout=600):
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.device = find_device(device, self.print)
-        self.dtype = find_dtype(dtype, self.device, self.print)
+        self.device = hardware.find_device(device, self.print)
+        self.dtype = hardware.find_dtype(dtype, self.device, self.print)
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.set_device(self.device)
@@ -203,17 +210,13 @@ class Runtime:
         if self.world > 1:
             nccl = cuda and dist.is_nccl_available()  # not on Windows
             how = {"backend": "nccl", "device_id": self.device} if nccl else {"backend": "gloo"}
-            self.meet(how, timedelta(seconds=timeout))
+            wait = timedelta(seconds=timeout)
+            store, rank, world = next(dist.rendezvous("env://", timeout=wait))
+            # of its own: torchrun's store still has the addresses of a life before this one
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            dist.init_process_group(store=store, rank=rank, world_size=world, timeout=wait, **how)
             if self.dtype != self.agree(lambda: self.dtype):  # float16's gradients are scaled
                 raise UserError(f"rank {self.rank}'s GPU is not like rank 0's: set --dtype=float16")
-
-    def meet(self, how, timeout):
-        """Join the other ranks. torchrun's store still has the addresses of a life before this."""
-        if life := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-            server = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = dist.PrefixStore(f"life {life}", dist.TCPStore(*server, timeout=timeout))
-            how = how | {"store": store, "rank": self.rank, "world_size": self.world}
-        dist.init_process_group(timeout=timeout, **how)
 
     def autocast(self):
         """Context in which matrix products run in `dtype`; weights stay float32."""
@@ -233,7 +236,7 @@ class Runtime:
         return tensor
 
     def agree(self, decide):
-        """Rank 0's decide(), on every rank; the UserError it raises, too."""
+        """Call decide() on rank 0; return its result, or raise its UserError, on every rank."""
         box = [None]
         if self.rank == 0:
             try:
@@ -250,10 +253,7 @@ class Runtime:
         """Average gradients over ranks in the backward pass (DDP), for batches (B, T)."""
         if self.world == 1:
             return model
-        ddp = nn.parallel.DistributedDataParallel
-        new = "forward_sync_buffers" in inspect.signature(ddp).parameters  # from torch 2.13 on
-        constant = {"forward_sync_buffers" if new else "broadcast_buffers": False}
-        model = ddp(model, gradient_as_bucket_view=True, **constant)
+        model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         # compiled before wrapping, it is one graph, and reductions could only start at its end
         torch.compiler.reset()
         # DDP fixes its bucket order after a first pass; without it a resumed run sums differently
@@ -265,7 +265,7 @@ class Runtime:
 
     def compile(self, model):
         """torch.compile where it works, the model itself where it does not."""
-        if obstacle := compile_obstacle(self.device):
+        if obstacle := hardware.compile_obstacle(self.device):
             self.print(f"compile_model is off: {obstacle}")
             return model
         self.print("compiling: the first step takes longer")
@@ -291,17 +291,17 @@ def make_norm(cfg):
 
 
 def rope_table(cfg):
-    """cos and sin of position * theta^(-2i/hs), each (T, hs/2) (RoFormer, arXiv 2104.09864)."""
+    """cos and sin of position * theta^(-2i/hs), (2, T, hs/2) (RoFormer, arXiv 2104.09864)."""
     hs = cfg.n_embd // cfg.n_head
     power = torch.arange(0, hs, 2, dtype=torch.float32) / hs
     frequency = 1.0 / cfg.rope_theta**power  # rounded as in transformers
     angle = torch.outer(torch.arange(cfg.block_size, dtype=torch.float32), frequency)
-    return angle.cos(), angle.sin()
+    return torch.stack((angle.cos(), angle.sin()))
 
 
 def apply_rope(x, rope):
     """Turn the pairs (x[i], x[i + hs/2]) of x (B, nh, T, hs) by their position's angle."""
-    cos, sin = rope  # (..., 1, T, hs/2)
+    cos, sin = rope  # (..., 1, T, hs/2) each
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
@@ -376,19 +376,24 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
-def overwrite_by_gradient(logits, targets, cap):
+def overwrite_with_gradient(logits, targets, cap):
     """Summed cross-entropy of logits (n, V), soft-capped by cap; its gradient overwrites them."""
-    z, own = logits.float(), targets[:, None]
-    if cap:
-        z = cap * torch.tanh(z / cap)
-    d = z.softmax(-1)  # logsumexp(z) = max z - log max d: no second pass of exponentials
-    nll = (z.amax(-1, keepdim=True) - z.gather(1, own)) - d.amax(-1, keepdim=True).log()
-    d_own = torch.expm1(-nll)  # softmax minus one-hot
-    if cap:
-        steep = 1 - (z / cap) ** 2
-        d, d_own = d * steep, d_own * steep.gather(1, own)
-    logits.copy_(d).scatter_(1, own, d_own.to(logits.dtype))
-    return nll.sum()
+    # as many rows at a time as fit a cache; compiled, one kernel does all
+    rows = (2**21 if logits.device.type == "cpu" else 2**26) // logits.size(1) + 1
+    rows, loss = len(logits) if torch.compiler.is_compiling() else rows, 0.0
+    for part, own in zip(logits.split(rows), targets[:, None].split(rows), strict=True):
+        z = part.float()
+        if cap:
+            z = cap * torch.tanh(z / cap)
+        d = z.softmax(-1)  # logsumexp(z) = max z - log max d: no second pass of exponentials
+        nll = (z.amax(-1, keepdim=True) - z.gather(1, own)) - d.amax(-1, keepdim=True).log()
+        d_own = torch.expm1(-nll)  # softmax minus one-hot
+        if cap:
+            slope = 1 - (z / cap) ** 2  # of the soft cap
+            d, d_own = d * slope, d_own * slope.gather(1, own)
+        part.copy_(d).scatter_(1, own, d_own.to(part.dtype))
+        loss = loss + nll.sum()
+    return loss
 
 
 class HeadLoss(torch.autograd.Function):
@@ -400,28 +405,19 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, head, targets, cap, chunks):
-        low = product_dtype(x)
+        low = hardware.product_dtype(x)
         w, loss, dx, dw = head.to(low), 0.0, [], None
-        ctx.scale = 2**-6 if low == torch.float16 else 1  # dh sums all rows: beyond float16's range
+        ctx.scale = 2**-6 if low == torch.float16 else 1  # dw sums all rows: beyond float16's range
         for h, t in zip(x.to(low).chunk(chunks), targets.chunk(chunks), strict=True):
             d = h @ w.t()
-            loss = loss + HeadLoss.of_logits(d, t, cap)
-            if ctx.needs_input_grad[0]:
+            loss = loss + overwrite_with_gradient(d, t, cap)
+            if any(ctx.needs_input_grad):
                 dx.append((d @ w).to(x.dtype))
-                dh = d.t() @ (h * ctx.scale)
-                dw = dh.to(head.dtype) if dw is None else dw.add_(dh)
+                part = d.t() @ (h * ctx.scale)
+                dw = part.to(head.dtype) if dw is None else dw.add_(part)
         if dx:
             ctx.save_for_backward(dx[0] if len(dx) == 1 else torch.cat(dx), dw)
         return loss / len(x)
-
-    @staticmethod
-    def of_logits(logits, targets, cap):
-        """overwrite_by_gradient, for as many rows at a time as fit a cache; compiled, for all."""
-        if torch.compiler.is_compiling():
-            return overwrite_by_gradient(logits, targets, cap)
-        rows = (2**21 if logits.device.type == "cpu" else 2**26) // logits.size(1) + 1
-        parts = zip(logits.split(rows), targets.split(rows), strict=True)
-        return sum(overwrite_by_gradient(*part, cap) for part in parts)
 
     @staticmethod
     def backward(ctx, grad):
@@ -441,9 +437,7 @@ class GPT(nn.Module):
         if cfg.pos_embedding == "learned":
             self.transformer.wpe = nn.Embedding(cfg.block_size, cfg.n_embd)
         else:
-            cos, sin = rope_table(cfg)
-            self.register_buffer("rope_cos", cos, persistent=False)
-            self.register_buffer("rope_sin", sin, persistent=False)
+            self.register_buffer("rope", rope_table(cfg), persistent=False)
         self.transformer.drop = nn.Dropout(cfg.dropout)
         self.transformer.h = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
         self.transformer.ln_f = make_norm(cfg)
@@ -454,7 +448,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """N(0, 0.02), each layer's two additions to the residual scaled by 1/sqrt(2 n_layer)."""
+        """N(0, 0.02); 1/sqrt(2 n_layer) of that for what each block adds to the residual stream."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 residual = name.endswith("c_proj.weight")
@@ -463,7 +457,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def features(self, idx, position=None, mask=None, cache=None):
-        """Token ids (B, T) -> the last norm's output (B, T, C).
+        """Token ids (B, T) -> the final norm's output (B, T, C).
 
         position (T,) or (B, T): where the tokens stand, by default 0 to T - 1. mask (T, keys) or
         (B, 1, T, keys): True where a token sees a key, by default the causal one. With a cache, the
@@ -475,10 +469,8 @@ class GPT(nn.Module):
         if self.cfg.pos_embedding == "learned":
             x = x + self.transformer.wpe.weight[at]
         else:
-            rope = self.rope_cos[at].unsqueeze(-3), self.rope_sin[at].unsqueeze(-3)
-        if cache is not None:
-            cache.position, cache.keys = position, mask.size(-1)
-        if self.training and product_dtype(x) == torch.bfloat16:
+            rope = self.rope[:, at].unsqueeze(-3)
+        if self.training and hardware.product_dtype(x) == torch.bfloat16:
             x = x.bfloat16()  # the residual stream too, as in llm.c: half its memory traffic
         x = self.transformer.drop(x)
         for block in self.transformer.h:
@@ -504,8 +496,9 @@ class GPT(nn.Module):
         x, c = self.features(idx), self.cfg
         if targets is None:
             return self.logits(x)
-        x, chunks = x.flatten(0, 1), c.loss_chunks or math.ceil(idx.numel() / 8192)
-        return HeadLoss.apply(x, self.lm_head.weight, targets.flatten(), c.logit_softcap, chunks)
+        head, chunks = self.lm_head.weight, c.loss_chunks or math.ceil(idx.numel() / 8192)
+        head = head if torch.is_grad_enabled() else head.detach()  # else it would get a gradient
+        return HeadLoss.apply(x.flatten(0, 1), head, targets.flatten(), c.logit_softcap, chunks)
 
     def generate(self, prompt, max_new_tokens=64, seed=1337, **how):
         """The text that follows a prompt; `how` as in Sampling, such as temperature=0."""
@@ -513,12 +506,8 @@ class GPT(nn.Module):
 
     def flops_per_token(self):
         """Training FLOPs a token: 6 a weight, plus attention's two products (PaLM, appendix B)."""
-        c = self.cfg
-        weights = sum(p.numel() for p in self.parameters())
-        if c.pos_embedding == "learned":
-            weights -= self.transformer.wpe.weight.numel()
-        if not c.tie_embeddings:
-            weights -= self.transformer.wte.weight.numel()  # a look-up multiplies nothing
+        c, multiply = self.cfg, (self.transformer.h, self.transformer.ln_f, self.lm_head)
+        weights = sum(p.numel() for part in multiply for p in part.parameters())
         return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
 
     @classmethod
@@ -553,7 +542,7 @@ def load_model(name, device="cpu"):
 class KVCache:
     """Keys and values of the tokens seen so far, so that each new token costs one position.
 
-    `features` sets `position`, where new tokens go, and `keys`, how many slots are read.
+    `next_logits` sets `position`, where new tokens go, and `keys`, how many slots are read.
     """
 
     def __init__(self, size):
@@ -609,13 +598,14 @@ def sample_token(logits, seen, how, generator):
             if probs.sum(-1).min() < how.top_p:
                 probs, ids = logits.softmax(-1).sort(descending=True)
         probs = probs.masked_fill(probs.cumsum(-1) - probs >= how.top_p, 0.0)
-    # as torch.multinomial draws, which also checks probs: two waits for a GPU
+    # as torch.multinomial draws, without its checks of probs, which wait for a GPU twice
     winner = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1, True)
     return winner if ids is None else ids.gather(1, winner)
 
 
 def next_logits(model, idx, position, mask, cache):
     """Logits (B, vocab_size) after the last of idx (B, T), which stand at `position` (T,)."""
+    cache.position, cache.keys = position, mask.size(-1)
     return model.text_logits(model.features(idx, position, mask, cache)[:, -1])
 
 
@@ -684,16 +674,10 @@ def lr_at(step, cfg, max_steps):
 
 
 class TokenShards:
-    """The shards of one split as one stream of N tokens; 64 of them at most stay memory-mapped."""
+    """The shards of one split as one stream of N tokens; at most 64 at a time are memory-mapped."""
 
     def __init__(self, data_dir, split):
-        self.paths = fineweb.shard_paths(data_dir, split)
-        if not self.paths:
-            raise UserError(
-                f"no {split} shards in {Path(data_dir)}/. FineWeb-Edu (20 GB): python fineweb.py\n"
-                "       two minutes, no download: python fineweb.py --source=python-docs && "
-                "python train_gpt2.py configs/tiny.toml"
-            )
+        self.paths = fineweb.find_shards(data_dir, split)
         self.open = functools.lru_cache(64)(functools.partial(fineweb.open_shard, scattered=True))
         self.ends = np.cumsum([len(fineweb.open_shard(path)) for path in self.paths])
 
@@ -765,6 +749,7 @@ class Loader:
         self.shards, self.cfg, self.runtime = shards, cfg, runtime
         self.B, self.G, self.T = B, G, cfg.block_size
         self.n = (len(shards) - 1) // self.T
+        self.layout = [len(shards), G]  # with the seed they decide the batches
         if self.n < 1:
             raise UserError(f"{cfg.data_dir}/ has {len(shards)} tokens: too few for one block_size")
 
@@ -796,7 +781,7 @@ class Loader:
             ahead = deque(pool.submit(self.batch, *at) for at in islice(todo, 4))
             while True:
                 tokens = ahead.popleft().result()
-                # what is not pinned may be gone before it is sent
+                # only pinned memory is sure to outlive a non-blocking copy
                 tokens = tokens.to(self.runtime.device, non_blocking=tokens.is_pinned())
                 ahead.append(pool.submit(self.batch, *next(todo)))
                 yield tokens[:, :-1], tokens[:, 1:]
@@ -807,7 +792,7 @@ class Loader:
 
 @contextlib.contextmanager
 def evaluating(model, runtime):
-    """No gradients or dropout, training precision. (In inference_mode autocast caches no casts.)"""
+    """No gradients, no dropout, training's precision. (inference_mode has no cache of casts.)"""
     was = model.training
     model.eval()
     with torch.no_grad(), runtime.autocast(), hardware.any_shape():
@@ -830,7 +815,7 @@ def evaluate_loss(model, shards, cfg, runtime, rows):
     n = validation_windows(cfg, shards)
     starts = range(0, n * cfg.block_size, cfg.block_size)[runtime.rank :: runtime.world]
     parts = [starts[i : i + rows] for i in range(0, len(starts), rows)]
-    total, hidden = torch.zeros(1, dtype=torch.float64), runtime.rank > 0 or None
+    total, hidden = torch.zeros(1, dtype=torch.float64), runtime.rank > 0 or None  # None: if no tty
     with evaluating(model, runtime):
         for part in tqdm(parts, "validation", delay=5, leave=False, disable=hidden):
             tokens = shards.windows(part, cfg).to(runtime.device)
@@ -850,7 +835,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     step: int = 0  # optimizer steps done
     best: float = math.inf  # lowest validation loss so far
-    layout: list | None = None  # tokens of the data, sequences a step: they decide the batches
+    layout: list | None = None  # the Loader's, when the checkpoint was written
 
 
 def read_checkpoint(path, whole=False):
@@ -900,7 +885,7 @@ def resume(folder, state, runtime):
         state.scaler.load_state_dict(saved["scaler"] or state.scaler.state_dict())
         state.step, state.best, state.layout = saved["step"], saved["best"], saved.get("layout")
         runtime.print(f"continuing {path}: step {state.step}")
-        if changed := [text for key, text in differ.items() if key not in ("resume", "run_name")]:
+        if changed := [differ[key] for key in differ if key not in ("check", "resume", "run_name")]:
             runtime.print(f"changed: {'; '.join(changed)}")
         return
     if paths:
@@ -920,21 +905,24 @@ class RunLog:
     def __init__(self, folder, model, runtime, tokens, max_steps, start):
         self.folder, self.model, self.runtime, self.file = folder, model, runtime, None
         self.tokens, self.max_steps = tokens, max_steps  # of a step; of the run
+        self.batch = {start: tokens}
         self.warm, self.trackers, self.unsaved = False, [], ""
         if runtime.rank != 0 or model.cfg.eval_only:
             return
-        self.file = runs.open_log(folder, model.cfg.resume)
-        with replacing(folder / "config.toml") as temporary:
-            temporary.write_text(to_toml(model.cfg), encoding="utf-8")
+        self.file = runs.open_log(folder, model.cfg)
         if model.cfg.resume:
             self.write(start, resumed=1)  # what a run had logged beyond it counts no more
         self.trackers = trackers.open_trackers(model.cfg, folder, start)
+        self.batch = runs.batches(folder)
+        if [*self.batch.values()][-1:] != [tokens]:
+            self.batch[start] = tokens
+            self.write(start, batch=tokens)
 
     def write(self, step, **values):
         if self.file:
             try:
                 self.file.write("".join(f"{step} {key} {x!r}\n" for key, x in values.items()))
-            except OSError as error:  # a full disk's, above all
+            except OSError as error:  # a full disk, above all
                 if due(step, self.model.cfg.log_interval, last=False):
                     self.runtime.print(f"log.txt may lack step {step}: {error}")
         for tracker in self.trackers:
@@ -953,8 +941,9 @@ class RunLog:
         if not due(step, self.model.cfg.log_interval, last=left == 0):
             return
         line = f"step {step:5d}/{self.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f}"
-        line += f" | dt {1000 * dt:.0f} ms | {tps:,.0f} tok/s | {(step + 1) * self.tokens:,} tokens"
-        if peak := peak_flops(runtime.device, runtime.dtype):
+        seen = tokens_at(step + 1, self.batch)
+        line += f" | dt {1000 * dt:.0f} ms | {tps:,.0f} tok/s | {seen:,.0f} tokens"
+        if peak := hardware.peak_flops(runtime.device, runtime.dtype):
             line += f" | mfu {self.model.flops_per_token() * tps / runtime.world / peak:.1%}"
         if memory := runtime.peak_memory():
             line += f" | {memory / 2**30:.1f} GiB"
@@ -1012,14 +1001,13 @@ def largest_micro_batch(cfg, runtime):
         return most
     if cfg.total_batch_size % tokens:
         batch_layout(cfg, runtime.world, min(most, 16))  # raises: one sequence a rank is no part
-    share = cfg.total_batch_size // tokens
-    return min(most, share & -share)
+    return math.gcd(most, cfg.total_batch_size // tokens)
 
 
 def train_step(model, state, batches, micro_steps, lr, runtime, stop=False, norms=None):
     """One optimizer step -> (mean loss, gradient norm before clipping, whether any rank must stop).
 
-    A non-finite loss or norm skips the update, on every rank alike. `norms` records it.
+    A non-finite loss or norm skips the update on every rank. `norms` records norms by layer kind.
     """
     cfg = state.model.cfg
     torch.manual_seed(int(random_words(cfg.seed, state.step, runtime.rank, n=1)[0]))  # dropout's
@@ -1108,25 +1096,30 @@ def set_up(cfg, runtime, shards):
         fast, largest_micro_batch(cfg, runtime), runtime, state.step > 0
     )
     micro_steps, G = batch_layout(cfg, runtime.world, B)
-    fast = runtime.parallel(fast, B, cfg.block_size)
-    return state, fast, Loader(shards, cfg, runtime, B, G), micro_steps
+    loader = Loader(shards, cfg, runtime, B, G)
+    own = [state.step, *loader.layout]
+    if own != runtime.agree(lambda: own):  # they would train apart, and nothing would show it
+        remedy = "log_dir and data_dir must be folders that every machine sees"
+        raise UserError(f"rank {runtime.rank} has another checkpoint or other data: {remedy}")
+    return state, runtime.parallel(fast, B, cfg.block_size), loader, micro_steps
 
 
-def train(cfg, runtime, check=False):
-    """Train to max_steps or until asked to stop; with `check`, only say what a run would use."""
-    splits = ("train", "val") if cfg.eval_interval else ("train",)
-    shards, *val_shards = (TokenShards(cfg.data_dir, split) for split in splits)
+def train(cfg, runtime):
+    """Train to max_steps or until asked to stop; with cfg.check only say what that would use."""
+    shards = TokenShards(cfg.data_dir, "train")
+    val_shards = TokenShards(cfg.data_dir, "val") if cfg.eval_interval else None
     state, fast, loader, micro_steps = set_up(cfg, runtime, shards)
     model, cfg, B = state.model, state.model.cfg, loader.B
-    for split in val_shards:
-        validation_windows(cfg, split)
-    for split in (shards, *val_shards):  # another tokenizer's ids show before anything is written
+    if val_shards:
+        validation_windows(cfg, val_shards)
+    # another tokenizer's ids show before anything is written
+    for split in filter(None, (shards, val_shards)):
         split.windows(np.linspace(0, len(split) - loader.T - 1, 64, dtype=int), cfg)
     folder = Path(cfg.log_dir) / cfg.run_name
     start, max_steps = state.step, cfg.max_steps or loader.steps_per_epoch()
     runs.introduce(state, loader, micro_steps, max_steps, runtime)
-    state.layout = [len(shards), loader.G]
-    if check:
+    state.layout = loader.layout
+    if cfg.check:
         return hardware.describe(model, folder, runtime)
     log = RunLog(folder, model, runtime, loader.G * loader.T, max_steps, start)
 
@@ -1144,9 +1137,9 @@ def train(cfg, runtime, check=False):
                 log.save(state)
             if evaluates:
                 best = state.best
-                evaluate(state, *val_shards, max(1, B // 2), log, runtime)  # eager: more memory
+                evaluate(state, val_shards, max(1, B // 2), log, runtime)  # eager: more memory
                 if last and state.best < best:
-                    log.save(state)  # for the day that max_steps is raised
+                    log.save(state)  # with the new best loss, should max_steps be raised
             if last or stop:
                 break
             lr, begin = lr_at(step, cfg, max_steps), time.perf_counter()
@@ -1181,10 +1174,7 @@ def evaluate_only(cfg, runtime):
 
 
 def main():
-    check = "--check" in sys.argv
-    cfg, name = load_config([word for word in sys.argv[1:] if word != "--check"])
-    if check and cfg.eval_only:
-        raise UserError("--check is for a run that trains: leave it out, or --eval_only")
+    cfg, name = load_config(sys.argv[1:])
     trackers.check(cfg)
     if runs.restarted(Path(cfg.log_dir, cfg.run_name)):
         cfg = replace(cfg, resume=True)
@@ -1193,7 +1183,7 @@ def main():
         if cfg.eval_only:
             return evaluate_only(cfg, runtime)
         run_name = runtime.agree(lambda: runs.choose_run_name(cfg, name))
-        train(replace(cfg, run_name=run_name), runtime, check)
+        train(replace(cfg, run_name=run_name), runtime)
 
 
 if __name__ == "__main__":

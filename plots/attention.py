@@ -7,6 +7,7 @@
 A row is the token that looks, a column one that it looks at; the weights of a row sum to 1.
 """
 
+import functools
 import math
 import sys
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # train_gpt2.py is one folder up
 import torch
 
-from common import UserError, check_picture, command_line, replacing, run
+from common import UserError, check_picture, command_line, run, save_picture
 from fineweb import tokenizer
 from sample import load_text_model
 
@@ -51,10 +52,19 @@ def attention_weights(model, idx):
     return torch.stack(layers)
 
 
+@functools.cache
+def font():
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    return get_font(findfont(FontProperties()))
+
+
 def label(token):
     """A token as short text: spaces are dots, parts of a character are bytes."""
     text = tokenizer().decode_single_token_bytes(token).decode("utf-8", "backslashreplace")
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text).replace(" ", "·")
+    drawn = (c.isprintable() and font().get_char_index(ord(c)) for c in text)
+    text = "".join(c if there else ascii(c)[1:-1] for c, there in zip(text, drawn, strict=True))
+    text = text.replace(" ", "·")
     return text if len(text) <= 12 else f"{text[:11]}…"
 
 
@@ -141,12 +151,7 @@ def main():
         fig = draw_layer(weights[options.layer], tokens[:most])
         title = f"Attention in layer {options.layer % layers} (of 0 to {layers - 1})"
     fig.suptitle(title, fontsize=11)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out) as temporary:
-            fig.savefig(temporary, format=out.suffix[1:], dpi=150)
-    except OSError as error:
-        raise UserError(f"--out={out} cannot be written: {error}") from None
+    save_picture(fig, out)
     print(f"wrote {out}")
 
 

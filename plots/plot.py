@@ -9,6 +9,7 @@ log_norms=True there is a second picture, `<out>_norms`: gradients and updates b
 """
 
 import contextlib
+import functools
 import re
 import sys
 import time
@@ -20,7 +21,7 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # common.py is one folder up
-from common import UserError, check_picture, command_line, read_log, replacing, run
+from common import UserError, check_picture, command_line, read_log, run, save_picture, tokens_at
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart (their yellow is too pale).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -49,7 +50,7 @@ class Options:
 class Run:
     name: str
     streams: dict  # stream -> (steps, values)
-    batch: int  # tokens an optimizer step; 0: not known
+    batch: dict  # step -> tokens per optimizer step from there on; empty: not known
     edu: bool  # validated on FineWeb-Edu: only there can a loss be compared with GPT2_LOSS
 
 
@@ -79,9 +80,8 @@ def read_run(folder):
         raise UserError(f"{config} is not TOML: {error}") from None
     name = folder.resolve().name.replace("$", r"\$")  # else matplotlib reads it as a formula
     edu = re.search("edu_fineweb|fineweb-edu", str(settings.get("data_dir"))) is not None
-    # With grad_accum_steps the batch also depends on the number of ranks, which nothing records.
-    batch = 0 if settings.get("grad_accum_steps") else settings.get("total_batch_size", 0)
-    return Run(name, streams, batch if isinstance(batch, int) else 0, edu)
+    batch = dict(zip(*streams.get("batch", ((), ())), strict=True))
+    return Run(name, streams, batch, edu)
 
 
 # ---------------------------------------------------------------- drawing
@@ -107,11 +107,9 @@ def picture(out, rows, columns, size):
     from matplotlib import pyplot as plt
 
     shared = {"sharex": True, "sharey": "col", "squeeze": False}
-    fig, axes = plt.subplots(rows, columns, figsize=size, dpi=150, layout="constrained", **shared)
+    fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", **shared)
     yield fig, axes
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out) as temporary:
-        fig.savefig(temporary, format=out.suffix[1:])
+    save_picture(fig, out)
     plt.close(fig)
 
 
@@ -123,11 +121,11 @@ def draw_losses(runs, out):
     in_tokens = all(run.batch for run in runs)  # else steps, the one thing that all runs have
     with picture(out, 1, 1 + hella, size) as (fig, [axes]):
         for i, run in enumerate(runs):
-            scale = run.batch if in_tokens else 1
-            plot_losses(axes[0], run, look(i), scale)
+            x = place(run, in_tokens)
+            plot_losses(axes[0], run, look(i), x)
             if "hella" in run.streams:
                 steps, values = run.streams["hella"]
-                axes[1].plot(steps * scale, values, marker="o", markersize=3, **look(i))
+                axes[1].plot(x(steps), values, marker="o", markersize=3, **look(i))
         title = "Loss: validation (dots) and training"
         label_axes(axes[0], title, "loss (nats per token)", in_tokens)
         axes[0].set_ylim(*loss_range(runs))
@@ -160,7 +158,7 @@ def draw_norms(runs, out):
             if kind == "norm":
                 lines["norm"] = WHOLE  # the one stream that a run has without log_norms, too
             for run, ax in zip(shown, axes[:, i], strict=True):
-                plot_norms(ax, run, lines, run.batch if in_tokens else 1)
+                plot_norms(ax, run, lines, place(run, in_tokens))
                 label_axes(ax, run.name, names[kind], in_tokens)
             axes[0, i].set_ylim(*norm_range(shown, lines))
         for ax in axes[:-1].flat:
@@ -172,7 +170,7 @@ def draw_norms(runs, out):
         fig.legend(handles=key, title=title, ncols=len(key), **where)
 
 
-def plot_norms(ax, run, lines, scale):
+def plot_norms(ax, run, lines, x):
     """Streams on a logarithmic axis, where what is not above 0 is a gap; lines: {stream: color}."""
     ax.set_yscale("log")
     for stream, color in lines.items():
@@ -180,8 +178,8 @@ def plot_norms(ax, run, lines, scale):
         logs = logarithms(values)
         smoothed = smooth(logs)
         if smoothed is not logs:
-            ax.plot(steps * scale, np.exp(logs), color=color, alpha=0.12, linewidth=0.5)
-        ax.plot(steps * scale, np.exp(smoothed), color=color, linewidth=1.2)
+            ax.plot(x(steps), np.exp(logs), color=color, alpha=0.12, linewidth=0.5)
+        ax.plot(x(steps), np.exp(smoothed), color=color, linewidth=1.2)
 
 
 def norm_range(runs, lines):
@@ -202,21 +200,26 @@ def logarithms(values):
     return np.log(np.where(np.isfinite(values) & (values > 0), values, np.nan))
 
 
-def plot_losses(ax, run, look, scale):
+def place(run, in_tokens):
+    """A function: steps -> where they stand on the x axis."""
+    return functools.partial(tokens_at, batch=run.batch) if in_tokens else np.asarray
+
+
+def plot_losses(ax, run, look, x):
     if "train" in run.streams:
         steps, values = run.streams["train"]
         smoothed = smooth(values)
         if smoothed is not values:
-            ax.plot(steps * scale, values, **look, alpha=0.12, linewidth=0.5)
-        ax.plot(steps * scale, smoothed, **look, alpha=0.5, linewidth=1)
+            ax.plot(x(steps), values, **look, alpha=0.12, linewidth=0.5)
+        ax.plot(x(steps), smoothed, **look, alpha=0.5, linewidth=1)
         finite = np.isfinite(np.array([np.nan, *smoothed, np.nan]))
         lone = finite[1:-1] & ~finite[:-2] & ~finite[2:]  # no line leads to it
-        ax.plot(steps[lone] * scale, smoothed[lone], ".", color=look["color"], alpha=0.5)
+        ax.plot(x(steps[lone]), smoothed[lone], ".", color=look["color"], alpha=0.5)
     if "val" in run.streams:
         steps, values = run.streams["val"]
-        ax.plot(steps * scale, values, "o", color=look["color"], markersize=3)
+        ax.plot(x(steps), values, "o", color=look["color"], markersize=3)
         trained = steps > 0  # a line from the untrained model's loss would cut the corner
-        ax.plot(steps[trained] * scale, values[trained], **look, linewidth=1.4)
+        ax.plot(x(steps[trained]), values[trained], **look, linewidth=1.4)
 
 
 def smooth(values):

@@ -80,7 +80,14 @@ def test_looking_leaves_the_model_as_it_was(model):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [(" cat", "·cat"), ("\n", "\\n"), ("é", "é"), ("-" * 16, "-----------…"), ("$$", "$$")],
+    [
+        (" cat", "·cat"),
+        ("\n", "\\n"),
+        ("é", "é"),
+        ("の", "\\u306e"),
+        ("-" * 16, "-----------…"),
+        ("$$", "$$"),
+    ],
 )
 def test_labels_are_short_and_show_what_cannot_be_seen(text, expected):
     [token] = tokenizer().encode_ordinary(text)

@@ -140,6 +140,38 @@ def test_missing_config_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "key, value, expected",
+    [
+        ("mlp", "SwiGLU", "gelu or swiglu or relu2"),
+        ("norm", "RMSNorm", "layernorm or rmsnorm"),
+        ("max_steps", 1e4, "of type int"),
+        ("learning_rate", "6e-4", "of type float"),
+        ("run_name", None, "of type str"),
+    ],
+)
+def test_value_of_another_type_is_refused_in_code_and_as_an_edited_default(key, value, expected):
+    told = re.escape(f"{key}={value!r} must be {expected}")
+    with pytest.raises(UserError, match=told):
+        Config(**{key: value})
+    source = (ROOT / "train_gpt2.py").read_text(encoding="utf-8")
+    edited, count = re.subn(rf"(    {key}: [^=]+ = ).+?(?=  #)", rf"\g<1>{value!r}", source)
+    assert count == 1
+    code = "import sys; sys.argv[1:] = ['--check']; exec(compile(sys.stdin.read(), 'x', 'exec'))"
+    how = dict(input=edited, capture_output=True, encoding="utf-8", cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], **how)
+    assert done.returncode == 2 and re.search(told, done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+def test_config_that_stands_in_the_wrong_place_or_is_a_folder_is_told(toml, tmp_path):
+    path = toml("x.toml", "n_layer = 2\n")
+    with pytest.raises(UserError, match=r"x\.toml stands after a --flag: name the TOML"):
+        load_config(["--n_head=4", path])
+    with pytest.raises(UserError, match=r"is a folder: name a file, such as .*config\.toml"):
+        load_config([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
     "args, message",
     [
         ("--n_head=7", r"n_embd=768 .* n_head=7; try 763"),
@@ -156,8 +188,8 @@ def test_missing_config_is_named(tmp_path):
         ("--run_name=a\0", r"run_name='a\\x00' must be a single folder name"),
         ("--weight_decay=nan", r"weight_decay=nan must be 0 or more"),
         ("--vocab_size=70000", r"vocab_size=70000 .* 65536"),
-        ("--vocab_size=512", r"hellaswag_examples=10042 .* try --hellaswag_examples=0"),
-        ("--vocab_size=512 --hellaswag_examples=0", r"sample_prompt=.* try --sample_prompt="),
+        ("--vocab_size=512", r"vocab_size=512 .* try --hellaswag_examples=0 --sample_prompt="),
+        ("--vocab_size=512 --hellaswag_examples=0", r"vocab_size=512 .* --sample_prompt="),
         ("--run_name=a/b", r"run_name='a/b' .* log_dir"),
         ("--run_name=..", r"run_name='\.\.' "),
     ],

@@ -1,5 +1,6 @@
 """Two processes on the CPU, joined by gloo, as torchrun starts them."""
 
+import functools
 import os
 import re
 import signal
@@ -40,7 +41,7 @@ def test_two_ranks_equal_one_process_and_rank_zero_alone_writes(
             assert two[stream][step] == pytest.approx(value, abs=1e-5), f"{stream} at {step}"
 
     keys = [line.rsplit(maxsplit=1)[0] for line in (folder / "log.txt").read_text().splitlines()]
-    assert len(keys) == len(set(keys)) == 4 * 10 + 3 + 2
+    assert len(keys) == len(set(keys)) == 4 * 10 + 3 + 2 + 1
     files = {"config.toml", "log.txt", "best.pt", "step_000010.pt", "loss.png"}
     assert {path.name for path in folder.iterdir()} <= files
     assert "2 micro-steps x 2 ranks" in done.stdout
@@ -155,6 +156,23 @@ def test_ranks_of_different_precision_are_refused(run_cli, tmp_path, monkeypatch
     )
     done = run_cli(tmp_path / "x.py", launcher=TORCHRUN)
     assert "error: rank 1's GPU is not like rank 0's: set --dtype=float16" in done.stderr
+
+
+def test_ranks_that_see_other_checkpoints_are_refused(run_cli, tiny_run, tmp_path, monkeypatch):
+    """Two machines whose log/ is not shared: the first run needs none, and a resume would."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    cfg = replace(tiny_run, log_dir="log", max_steps=2)
+    (tmp_path / "run.toml").write_text(to_toml(cfg), encoding="utf-8")
+    (tmp_path / "x.py").write_text(
+        "import os, common, train_gpt2\n"
+        "os.makedirs(machine := 'machine' + os.environ['RANK'], exist_ok=True)\n"
+        "os.chdir(machine)\n"
+        "common.run(train_gpt2.main)\n"
+    )
+    train = functools.partial(run_cli, tmp_path / "x.py", "../run.toml", launcher=TORCHRUN)
+    assert train().returncode == 0
+    done = train("--resume", "--max_steps=4")
+    assert done.returncode != 0 and "rank 1 has another checkpoint or other data" in done.stderr
 
 
 @pytest.mark.slow

@@ -671,7 +671,7 @@ def test_refused_run_takes_back_what_a_restart_would_find_but_for_a_run_that_goe
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     folder = Path(tiny_run.log_dir) / "run"
-    log = runs.open_log(folder, resume=False)
+    log = runs.open_log(folder, tiny_run)
     if not trained:
         log.close()
     with monkeypatch.context() as check:

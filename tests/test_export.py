@@ -1,5 +1,6 @@
 import errno
 import json
+import re
 import shutil
 from collections import namedtuple
 from dataclasses import asdict, dataclass, replace
@@ -486,7 +487,7 @@ def test_model_card_tells_the_run_and_no_path_of_its_machine(checkpoint, tmp_pat
     export.export(path, tmp_path / "my_model")
     card = (tmp_path / "my_model" / "README.md").read_text(encoding="utf-8")
     parameters = sum(p.numel() for p in GPT.from_pretrained(tmp_path / "my_model").parameters())
-    for fact in (f"| {parameters:,} |", "| 1,000 |", "| 128,000 |", "3.2500 (perplexity 25.79)",
+    for fact in (f"| {parameters:,} |", "| 1,000 |", "lowest validation loss of the run | 3.2500 |",
                  "# my_model", "| my_shards |", "n_embd = 32"):  # fmt: skip
         assert fact in card
     assert "someone" not in card
@@ -510,6 +511,35 @@ def test_model_card_has_the_hellaswag_score_of_the_checkpoint(checkpoint, tmp_pa
     assert "HellaSwag" not in cards["later"] and "0.31" not in cards["later"]
 
 
+def test_model_card_has_the_loss_and_the_tokens_of_the_checkpoint(checkpoint, tmp_path):
+    """A run's best loss is another step's, and a resume may have changed its batch."""
+    log = "0 batch 128\n500 val 3.25\n900 batch 1280\n1000 val 7.5\n1100 val 7\n1100 batch 9\n"
+    (tmp_path / "log.txt").write_text(log, encoding="utf-8")
+    export.export(checkpoint(), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert "| validation loss | 7.5000 (perplexity 1808.04, step 1,000) |" in card
+    assert "3.25" not in card
+    assert f"| training tokens | {900 * 128 + 100 * 1280:,} |" in card
+
+
+@pytest.mark.parametrize("name", EXPORTABLE)
+def test_model_card_s_example_runs_in_a_short_context(checkpoint, tmp_path, monkeypatch, name):
+    export.export(checkpoint(block_size=16, **EXPORTABLE[name]), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    [example] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    told = []
+    exec(example.replace("path/to/", ""), {"print": told.append})
+    assert told[0].startswith("Hello, I'm a language model,")
+
+
+def test_model_card_names_the_model_of_the_hub_that_the_run_began_from(checkpoint, tmp_path):
+    for i, name in enumerate(("someone/gpt2", "/home/me/gpt2")):
+        export.export(checkpoint(init_from=name), tmp_path / str(i))
+    first, second = ((tmp_path / x / "README.md").read_text("utf-8") for x in "01")
+    assert 'init_from = "someone/gpt2"' in first and 'init_from = "gpt2"' in second
+
+
 def test_model_card_of_a_run_that_went_wrong_is_written(checkpoint, tmp_path):
     path = checkpoint()
     content = torch.load(path)
@@ -517,7 +547,7 @@ def test_model_card_of_a_run_that_went_wrong_is_written(checkpoint, tmp_path):
     (tmp_path / "log.txt").write_text("x hella 0.3\n3 hella abc\n9 hella 0.28\n", encoding="utf-8")
     export.export(str(path), tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert "10000.0000 (perplexity" in card and "0.2800 (step 9" in card
+    assert "| 10000.0000 |" in card and "0.2800 (step 9" in card
 
 
 def test_model_card_names_the_architecture(checkpoint, tmp_path):
@@ -532,7 +562,7 @@ def test_model_card_claims_nothing_that_is_not_known(shared_folder, checkpoint, 
     assert "parameters" in card
     assert "validation loss" not in card and "HellaSwag" not in card
     assert "learning_rate" not in card
-    export.export(checkpoint(grad_accum_steps=4), tmp_path / "unknown_batch")
+    export.export(checkpoint(), tmp_path / "unknown_batch")
     assert "training tokens" not in (tmp_path / "unknown_batch/README.md").read_text("utf-8")
 
 

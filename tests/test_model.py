@@ -250,6 +250,18 @@ def test_an_evaluation_computes_no_gradients(tiny, make_model, monkeypatch):
     assert products == [head, head, logits]
 
 
+@pytest.mark.parametrize("part", ["lm_head", "transformer.wte", "transformer.ln_f"])
+def test_a_part_trained_alone_has_the_gradient_that_it_has_among_all(tiny, make_model, part):
+    model, idx = make_model(replace(tiny, tie_embeddings=False)).train(), tokens(tiny, 2, 16)
+    _, expected, _ = loss_and_gradients(model, idx)
+    expected = expected[[name for name, _ in model.named_parameters()].index(f"{part}.weight")]
+    model.zero_grad()
+    model.requires_grad_(False)
+    weight = model.get_parameter(f"{part}.weight").requires_grad_()
+    model(idx[:, :-1], idx[:, 1:]).backward()
+    torch.testing.assert_close(weight.grad, expected)
+
+
 @pytest.mark.parametrize("chunks", [0, 1, 5, 30, 40])  # of 2 x 15 tokens
 def test_loss_and_its_gradients_are_those_of_cross_entropy(tiny, toggles, make_model, chunks):
     model = make_model(replace(tiny, loss_chunks=chunks, **toggles)).train()

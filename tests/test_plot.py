@@ -21,9 +21,10 @@ def read(tmp_path, text):
     return {s: [x.tolist() for x in pair] for s, pair in plot.read_streams(path).items()}
 
 
-def write_run(folder, steps=40, hella=False, norms=False, config="total_batch_size = 4096\n"):
+def write_run(folder, steps=40, hella=False, norms=False, config="n_layer = 4\n", batch="4096"):
     folder.mkdir(parents=True)
-    lines = [f"{step} train {11 / (1 + step) + 3!r}" for step in range(steps)]
+    lines = [f"0 batch {batch}"] if batch else []
+    lines += [f"{step} train {11 / (1 + step) + 3!r}" for step in range(steps)]
     lines += [f"{step} val {11 / (1 + step) + 3.1!r}" for step in range(0, steps + 1, 10)]
     lines += [f"{step} hella 0.26" for step in range(10, steps + 1, 10) if hella]
     for i, group in enumerate(("embedding", "attention", "mlp", "norm") if norms else ()):
@@ -138,16 +139,14 @@ def test_missing_and_empty_logs_are_named(tmp_path):
 
 def test_broken_config_is_named(tmp_path):
     with pytest.raises(UserError, match=r"config\.toml is not TOML"):
-        plot.read_run(write_run(tmp_path / "a", config="total_batch_size =\n"))
+        plot.read_run(write_run(tmp_path / "a", config="data_dir =\n"))
     (tmp_path / "a" / "config.toml").write_bytes(b'data_dir = "\xff"\n')
     with pytest.raises(UserError, match=r"config\.toml is not TOML"):
         plot.read_run(tmp_path / "a")
 
 
 def test_values_of_other_kinds_in_a_config_count_for_nothing(tmp_path):
-    config = 'total_batch_size = "many"\ndata_dir = 5\n'
-    run = plot.read_run(write_run(tmp_path / "a", config=config))
-    assert (run.batch, run.edu) == (0, False)
+    assert not plot.read_run(write_run(tmp_path / "a", config="data_dir = 5\n")).edu
 
 
 def test_name_that_looks_like_a_formula_is_drawn_as_text(tmp_path, figures):
@@ -156,11 +155,24 @@ def test_name_that_looks_like_a_formula_is_drawn_as_text(tmp_path, figures):
     assert set(figures) == {"x.png", "x_norms.png"}
 
 
-def test_batch_is_unknown_where_the_config_does_not_settle_it(tmp_path):
-    assert plot.read_run(write_run(tmp_path / "a")).batch == 4096
-    assert plot.read_run(write_run(tmp_path / "b", config="")).batch == 0
-    config = "total_batch_size = 4096\ngrad_accum_steps = 2\n"
-    assert plot.read_run(write_run(tmp_path / "c", config=config)).batch == 0
+def test_runs_stand_over_tokens_whatever_their_batches_or_over_steps(tmp_path, figures):
+    folder = write_run(tmp_path / "a", hella=True)
+    with open(tmp_path / "a" / "log.txt", "a", encoding="utf-8") as log:
+        log.write("20 batch 1000\n")  # as a resume may
+    run, other = plot.read_run(folder), plot.read_run(write_run(tmp_path / "b", batch="10"))
+    unknown = plot.read_run(write_run(tmp_path / "c", batch=""))
+    seen = [4096 * min(step, 20) + 1000 * max(0, step - 20) for step in range(41)]
+    for runs, label, x in (
+        ([run, other], "training tokens", seen),
+        ([run, unknown], "optimizer steps", range(41)),
+    ):
+        plot.draw(runs, tmp_path / "x.png")
+        losses, hella = figures["x.png"].axes
+        assert losses.get_xlabel() == hella.get_xlabel() == label
+        drawn = [line.get_xydata().tolist() for line in (*losses.lines, *hella.lines)]
+        for stream in ("train", "val", "hella"):
+            points = zip(*run.streams[stream], strict=True)
+            assert [[x[step], value] for step, value in points] in drawn
 
 
 # ---------------------------------------------------------------- drawing

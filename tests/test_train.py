@@ -109,13 +109,26 @@ def test_half_precision_learns_too_and_keeps_weights_in_float32(tiny_run, train,
 def test_log_holds_every_number_of_every_step_at_full_precision(tiny_run, train):
     cfg = replace(tiny_run, eval_interval=3)
     folder, log = train(cfg)
-    assert log.keys() == {"train", "lr", "norm", "tps", "val"}
+    assert log.keys() == {"batch", "train", "lr", "norm", "tps", "val"}
+    assert log["batch"] == {0: 128}
     for stream in ("train", "lr", "norm", "tps"):
         assert list(log[stream]) == list(range(8))
     assert list(log["val"]) == [0, 3, 6, 8]
     assert list(log["lr"].values()) == [lr_at(step, cfg, 8) for step in range(8)]
-    first = (folder / "log.txt").read_text().splitlines()[0]
-    assert first == f"0 val {log['val'][0]!r}"
+    first = (folder / "log.txt").read_text().splitlines()[:2]
+    assert first == ["0 batch 128", f"0 val {log['val'][0]!r}"]
+
+
+def test_tokens_are_counted_through_a_change_of_batch(tiny_run, train, capsys):
+    cfg = replace(tiny_run, log_interval=1)
+    train(cfg)
+    train(replace(cfg, max_steps=9, resume=True))
+    _, log = train(replace(cfg, max_steps=10, resume=True, total_batch_size=256))
+    seen = [
+        int(n.replace(",", "")) for n in re.findall(r"([\d,]+) tokens \|", capsys.readouterr().out)
+    ]
+    assert seen == [128 * (step + 1) for step in range(9)] + [9 * 128 + 256]
+    assert log["batch"] == {0: 128, 9: 256}
 
 
 def test_config_in_the_run_folder_is_the_runs(tiny_run, train):
@@ -182,7 +195,7 @@ def test_model_of_another_vocabulary_is_asked_nothing_in_gpt2s(tiny_run, train):
     source, _ = train(tiny_run)
     cfg = replace(tiny_run, vocab_size=50304, init_from=str(source / "step_000008.pt"))
     for keys in (dict(sample_prompt="Hello"), dict(hellaswag_examples=4)):
-        with pytest.raises(UserError, match=f"{next(iter(keys))}=.* needs GPT-2's ids; try --"):
+        with pytest.raises(UserError, match=f"vocab_size=512 .* try --.*{next(iter(keys))}="):
             train(replace(cfg, run_name="tuned", **keys))
     assert not Path(tiny_run.log_dir, "tuned").exists()
 
@@ -304,8 +317,8 @@ def test_log_on_a_full_disk_does_not_end_a_run(tiny_run, train, monkeypatch, cap
         def close(self):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    def open_log(folder, resume):
-        runs_open_log(folder, resume).close()
+    def open_log(folder, cfg):
+        runs_open_log(folder, cfg).close()
         return Full()
 
     runs_open_log = runs.open_log
@@ -338,13 +351,13 @@ def test_check_tells_where_nothing_can_be_written(tiny_run, runtime, tmp_path, m
     (tmp_path / "locked").mkdir()
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "locked")
     with pytest.raises(UserError, match=r"cannot be written: .*(file|locked) is no folder, or not"):
-        train_gpt2.train(replace(tiny_run, log_dir=str(tmp_path / place)), runtime, check=True)
+        train_gpt2.train(replace(tiny_run, log_dir=str(tmp_path / place), check=True), runtime)
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(tiny_run, train, runtime):
     folder, _ = train(tiny_run)
     cfg = replace(tiny_run, resume=True, max_steps=10)
-    held = runs.open_log(folder, resume=True)
+    held = runs.open_log(folder, cfg)
     with pytest.raises(UserError, match="run/ is being trained by another process: let that one"):
         train(cfg)
     held.close()
@@ -354,8 +367,12 @@ def test_a_run_is_trained_by_one_process_at_a_time(tiny_run, train, runtime):
 def test_resuming_a_run_that_is_done_says_so(tiny_run, train, capsys):
     train(tiny_run)
     assert "is done" not in capsys.readouterr().out
-    train(replace(tiny_run, resume=True, max_steps=5))
+    folder, _ = train(replace(tiny_run, resume=True))
     assert "step 8 is done: for more set --max_steps above 8" in capsys.readouterr().out
+    before = (folder / "config.toml").read_bytes()
+    with pytest.raises(UserError, match="max_steps=5 was passed: the run is at step 8"):
+        train(replace(tiny_run, resume=True, max_steps=5))
+    assert (folder / "config.toml").read_bytes() == before
 
 
 # ---------------------------------------------------------------- evaluation
@@ -548,7 +565,7 @@ def test_eval_only_tells_lack_of_memory_takes_the_kernel_and_refuses_check(
     config = write_toml(replace(tiny_run, init_from=str(folder / "step_000008.pt")))
     words = ["train_gpt2.py", f"{folder.parents[1] / config}", "--eval_only=True"]
     monkeypatch.setattr(sys, "argv", [*words, "--check"])
-    with pytest.raises(UserError, match="--check is for a run that trains"):
+    with pytest.raises(UserError, match="check=True is for a run that trains"):
         train_gpt2.main()
     taken = []
 
@@ -1002,8 +1019,8 @@ def test_wrong_gradients_of_mps_are_refused(tiny, runtime):
 def test_each_rank_takes_its_gpu_and_too_many_ranks_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert train_gpt2.find_device("auto", print) == torch.device("cuda", 1)
-    assert train_gpt2.find_device("cpu", print) == torch.device("cpu")
+    assert hardware.find_device("auto", print) == torch.device("cuda", 1)
+    assert hardware.find_device("cpu", print) == torch.device("cpu")
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match=r"^rank 2 finds no GPU .*; try --nproc_per_node=2"):
         Runtime("cuda")
@@ -1058,9 +1075,9 @@ def test_the_compiler_that_inductor_takes_decides_whether_there_is_one(monkeypat
 def test_peak_flops_are_the_gpus_or_unknown(monkeypatch, name, teraflops):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     cuda = torch.device("cuda")
-    assert train_gpt2.peak_flops(cuda, torch.bfloat16) == teraflops * 1e12
-    assert train_gpt2.peak_flops(cuda, torch.float32) == 0
-    assert train_gpt2.peak_flops(torch.device("cpu"), torch.bfloat16) == 0
+    assert hardware.peak_flops(cuda, torch.bfloat16) == teraflops * 1e12
+    assert hardware.peak_flops(cuda, torch.float32) == 0
+    assert hardware.peak_flops(torch.device("cpu"), torch.bfloat16) == 0
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a malloc of another kind")
