@@ -373,8 +373,10 @@ def read_row_groups(file, path, column, skip):
     done, held, size = ends[first], [], 0
     rest = dict(row_groups=range(first, len(groups)), columns=[column])
     for batch in file.iter_batches(ROWS, **rest, use_threads=False):  # of one column they cost 20%
-        texts = batch.column(0)[max(0, skip - done) :]
-        held, size, done = [*held, texts], size + texts.nbytes, done + len(batch)
+        texts, done = batch.column(0)[max(0, skip - done) :], done + len(batch)
+        if done <= skip:  # an empty slice has the size of its dictionary
+            continue
+        held, size = [*held, texts], size + texts.nbytes
         if size >= BLOCK_BYTES or done == ends[-1]:
             start = done - sum(map(len, held))
             load = functools.partial(checked_strings, held, path, start)

@@ -1733,6 +1733,16 @@ def test_large_row_group_is_read_in_batches_and_gone_on_with_at_each(tmp_path, s
         assert made == texts[block.start :] and rest[0].start == block.start
 
 
+def test_run_goes_on_in_a_column_of_repeated_texts(tmp_path, small_blocks):
+    column = pyarrow.array([f"row {i % 40} é" for i in range(200)]).dictionary_encode()
+    path = write_parquet(tmp_path / "x.parquet", column)
+    blocks, _ = texts_from(path)
+    assert len(blocks) > 20
+    for block in blocks:
+        rest, made = texts_from(path, block.start)
+        assert made == column[block.start :].to_pylist() and rest[0].start == block.start
+
+
 @pytest.mark.parametrize("step", [5, 8, 11])
 def test_killed_inside_a_row_group_ends_with_the_same_bytes(tmp_path, small_blocks, step):
     path = write_parquet(tmp_path / "x.parquet", TEXTS, row_group_size=25)
