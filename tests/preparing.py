@@ -146,14 +146,14 @@ def make_ranks(world):
 
 def prepare_in_ranks(world, options):
     """fineweb.prepare, as torchrun would run it; where one rank fails, the others end too."""
-    own, errors = threading.local(), []
+    own, errors, alone = threading.local(), [], []
 
     def work(ranks):
         own.ranks = ranks
         try:
             fineweb.prepare(options)
         except threading.BrokenBarrierError:
-            pass
+            alone.append(ranks.rank)
         except Exception as error:
             errors.append(error)
             ranks.abort()
@@ -163,6 +163,7 @@ def prepare_in_ranks(world, options):
         list(pool.map(work, members))
     if errors:
         raise errors[0]
+    assert not alone, f"ranks {alone} waited in vain for the others, which have not failed"
 
 
 def bin_bytes(tokens, promised=None, magic=20240520, version=1):
