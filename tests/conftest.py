@@ -173,6 +173,25 @@ def small_blocks(monkeypatch):
 
 
 @pytest.fixture
+def synced(monkeypatch):
+    """The inodes of what was synced: of all that os.replace names from now on, else it fails."""
+    inodes, fsync, replace = set(), os.fsync, os.replace
+
+    def record(file):
+        fsync(file)
+        inodes.add(os.fstat(file).st_ino)
+
+    def check(temporary, path):
+        new = Path(temporary)
+        assert {file.stat().st_ino for file in (new.iterdir() if new.is_dir() else [new])} <= inodes
+        replace(temporary, path)
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(os, "replace", check)
+    return inodes
+
+
+@pytest.fixture
 def screen(monkeypatch):
     """What the bars draw, as at a terminal."""
 

@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from pydoc_data.topics import topics
 from types import SimpleNamespace
 
 import numpy as np
@@ -477,6 +478,11 @@ def test_disputed_letters_are_tokenized_by_the_reference_wherever_they_stand(pla
         assert fast(texts) == reference(texts)
 
 
+def test_every_disputed_letter_is_found():
+    letters = [char for char in map(chr, range(0x40000)) if fineweb.DISPUTED.match(char)]
+    assert fineweb.disputed(reading.large_strings(letters)) == [*range(len(letters))]
+
+
 @with_gigatoken
 def test_gigatoken_renewed_after_every_batch_gives_the_same_tokens(monkeypatch):
     made, seen = fineweb.FastTokenizer(), set()
@@ -528,20 +534,25 @@ def pipeline(tokenizer="tiktoken", processes=2):
     return Options(tokenizer=tokenizer, processes=processes)
 
 
+@pytest.mark.parametrize(
+    ("size", "ahead"), [(0, 2 + fineweb.AHEAD), (fineweb.AHEAD // 2 * reading.BLOCK_BYTES, 3)]
+)
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
-def test_reading_is_only_a_few_blocks_ahead_of_the_writing(tokenizer):
+def test_reading_is_only_a_few_blocks_ahead_of_the_writing_and_fewer_large_ones(
+    tokenizer, size, ahead
+):
     asked = []
 
     def blocks():
         for i in itertools.count():
             asked.append(i)
-            yield reading.Block(lambda: reading.large_strings(["text"]), i, 0.5)
+            yield reading.Block(lambda: reading.large_strings(["text"]), i, 0.5, size)
 
     with contextlib.closing(fineweb.tokenize(blocks(), pipeline(tokenizer, 1))) as tokens:
         for i, (block, made) in enumerate(itertools.islice(tokens, 20)):
             assert (block.start, made.tolist()) == (i, reference(["text"]))
-            assert len(asked) - i <= 2 + fineweb.AHEAD
-    assert len(asked) <= 22 + fineweb.AHEAD
+            assert len(asked) - i <= ahead
+    assert len(asked) <= 20 + ahead
 
 
 def end_this_process():
@@ -569,6 +580,22 @@ if __name__ == "__main__":
     main.send_signal(signal.SIGKILL)
     main.communicate(timeout=20)  # the workers hold its output open until they end
     assert len(workers) == 2
+
+
+def number_of_this_process():
+    return reading.large_strings([str(os.getpid())])
+
+
+@with_sigkill
+def test_workers_leave_ctrl_c_to_the_main_process():
+    blocks, workers = itertools.repeat(reading.Block(number_of_this_process, 0, 1.0)), set()
+    with contextlib.closing(fineweb.tokenize(blocks, pipeline())) as made:
+        numbers = (int(fineweb.tokenizer().decode(tokens[1:])) for _, tokens in made)
+        while len(workers) < 2:
+            workers.add(next(numbers))
+        for worker in workers:
+            os.kill(worker, signal.SIGINT)  # a terminal sends it to all
+        assert set(itertools.islice(numbers, 200)) <= workers
 
 
 # ---------------------------------------------------------------- shards, manifest, folder
@@ -626,6 +653,12 @@ def test_no_more_max_shards_than_there_are_is_already_there(corpus, tmp_path, ca
     prepare_local(corpus, tmp_path / "out", max_shards=max_shards)
     assert capsys.readouterr().out.startswith("already there: ")
     assert contents(tmp_path / "out") == before
+
+
+def test_more_shards_than_can_be_numbered_are_an_error(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(fineweb.Ranks, "shard_sizes", lambda *_: [16, 64, 64])
+    with pytest.raises(UserError, match="more than 3 shards: set --shard_tokens to more"):
+        prepare_local(corpus, tmp_path / "out")
 
 
 def test_input_too_small_to_train_on_is_refused_and_leaves_nothing(corpus, tmp_path):
@@ -704,6 +737,17 @@ def test_folder_with_other_shards_is_refused_and_kept(corpus, tmp_path, change, 
         prepare_local(corpus, out)
     assert str(out) in str(error.value) and "delete" in str(error.value)
     assert contents(out) == before
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_long_input_that_differs_at_either_end_is_another(corpus, tmp_path, place):
+    data = bytearray(corpus.read_bytes() + b"\n" * 200_000)
+    corpus.write_bytes(data)
+    prepare_local(corpus, tmp_path / "out")
+    data[place] = ord(" ")
+    corpus.write_bytes(data)
+    with pytest.raises(UserError, match=r"made with input=1 files.* not 1 files"):
+        prepare_local(corpus, tmp_path / "out")
 
 
 def assert_refuses_what_is_made_otherwise(corpus, out):
@@ -817,19 +861,7 @@ def test_file_that_a_scanner_holds_for_a_moment_gets_its_name(tmp_path, monkeypa
         assert [*tmp_path.glob(f"*{times}*")] == [path] * there
 
 
-def test_every_file_is_synced_before_it_gets_its_name(corpus, tmp_path, monkeypatch):
-    synced, fsync, replace = set(), os.fsync, os.replace
-
-    def record(file):
-        fsync(file)
-        synced.add(os.fstat(file).st_ino)
-
-    def check(temporary, path):
-        assert os.stat(temporary).st_ino in synced
-        replace(temporary, path)
-
-    monkeypatch.setattr(os, "fsync", record)
-    monkeypatch.setattr(os, "replace", check)
+def test_every_file_is_synced_before_it_gets_its_name(corpus, tmp_path, synced):
     prepare_local(corpus, tmp_path / "out")
     assert {path.stat().st_ino for path in (tmp_path / "out").iterdir()} <= synced
 
@@ -884,7 +916,7 @@ def test_what_is_to_come_is_not_guessed_from_a_first_small_file(tmp_path, monkey
     (tmp_path / "in" / "a.md").write_text("read me first", encoding="utf-8")
     line = json.dumps({"text": "".join(random.Random(1).choices("abcdefgh ", k=5000))}) + "\n"
     (tmp_path / "in" / "b.jsonl.gz").write_bytes(gzip.compress(line.encode() * 100))
-    total = len(prepare_local(tmp_path / "in", tmp_path / "out"))
+    total = len(prepare_local(tmp_path / "in", tmp_path / "out", shard_tokens=100_000))
     assert f"to come: about {total / 1000:.0f}k tokens" in capsys.readouterr().out
 
 
@@ -1125,13 +1157,17 @@ def test_unfinished_folder_is_not_trained_on(unfinished):
             train_gpt2.TokenShards(str(unfinished), split)
 
 
-def test_extending_folder_is_not_trained_on_before_its_end(corpus, tmp_path, small_blocks):
+def test_extending_folder_is_neither_trained_on_nor_verified_before_its_end(
+    corpus, tmp_path, small_blocks
+):
     out = tmp_path / "out"
     prepare_local(corpus, out, max_shards=2)
     assert len(train_gpt2.TokenShards(str(out), "train")) == 2 * 64
     assert interrupted(local(corpus, out), step=6, after=False)
     with pytest.raises(UserError, match="are not all there yet"):
         train_gpt2.TokenShards(str(out), "train")
+    with pytest.raises(UserError, match="are not all there yet"):
+        fineweb.verify(out)
 
 
 def test_unfinished_folder_made_with_other_options_is_refused(corpus, unfinished):
@@ -1177,6 +1213,14 @@ def test_fewer_max_shards_after_a_kill_between_shard_and_manifest(corpus, tmp_pa
     assert len(shard_paths(tmp_path / "out")) == len(listed) + 1 == 4
     tokens = prepare_local(corpus, tmp_path / "out", max_shards=2)
     assert tokens == reference(TEXTS)[: 16 + 64 * 2]
+
+
+@pytest.mark.parametrize("name", ["mine.npy", "edufineweb_train_000999.npy"])
+def test_shard_of_somebody_else_is_never_deleted(corpus, unfinished, name):
+    np.save(unfinished / name, np.arange(9))
+    with pytest.raises(UserError, match=f"holds other shards than .*{name}"):
+        prepare_local(corpus, unfinished)
+    assert (unfinished / name).exists()
 
 
 def kill_and_restart(line, out, moments):
@@ -1269,6 +1313,7 @@ DAMAGES = {
     "absolute": (list_shard_as("{out}/edufineweb_train_000001.npy"), "no whole manifest.json"),
     "deeper": (list_shard_as("a/edufineweb_train_000001.npy"), "no whole manifest.json"),
     "foreign": (list_shard_as("manifest.json"), "no whole manifest.json"),
+    "twice": (list_shard_as("edufineweb_train_000002.npy"), "no whole manifest.json"),
 }
 
 
@@ -1411,6 +1456,20 @@ def test_one_rank_without_room_ends_all_before_anything_is_written(mixed, tmp_pa
     with pytest.raises(UserError, match="are free: free some"):
         prepare_in_ranks(2, local(mixed[0], tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_dataset_that_changes_before_the_last_rank_looks_makes_no_folder(
+    mixed, tmp_path, monkeypatch
+):
+    open_source, commits = fineweb.open_source, itertools.count()
+
+    def moved(*args):
+        return open_source(*args)._replace(revision=f"commit {next(commits)}")
+
+    monkeypatch.setattr(fineweb, "open_source", moved)
+    with pytest.raises(UserError, match="dataset has just changed; name a commit by --revision"):
+        prepare_in_ranks(2, local(mixed[0], tmp_path / "out"))
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def torchrun(options):
@@ -1582,6 +1641,7 @@ def test_text_column_chooses_the_field(tmp_path):
 GOOD = b'{"text": "fine"}\n'
 COLUMN = pyarrow.table({"body": ["x"]})
 NUMBERS = pyarrow.table({"text": [1]})
+TWICE = pyarrow.table([pyarrow.array(["x"])] * 2, ["text", "text"])
 
 
 def parquet_bytes(table):
@@ -1601,6 +1661,7 @@ BAD_INPUT = [
     ("x.jsonl", GOOD + b"{}\n", "line 2 has no 'text' but no field: see --text_column"),
     ("x.jsonl", GOOD * 9 + b"\n" * 9 + b"{", r"x.jsonl, line 19 is not JSON"),
     ("x.jsonl", GOOD + b'{"text": "a\nb"}\n', r"line 2 is not JSON"),
+    ("x.jsonl", GOOD + b'{"text": ' + b"[" * 100_000, "x.jsonl, line 2 is not JSON .*fix it"),
     ("x.txt", "été\nde\n".encode() + b"l'\xe9t\xe9", r"x.txt, line 3, byte 12 of the file: not"),
     ("x.txt", b"one two\n" * 99 + b"caf\xe9", "line 100, byte 796 of the file: not UTF-8"),
     ("x.md", b"\xff\xfea\0", "x.md, line 1, byte 1 of the file: not UTF-8 .*convert or remove it"),
@@ -1610,6 +1671,7 @@ BAD_INPUT = [
     ("x.jsonl.zst", zstd(GOOD * 999)[:-3], r"cannot read .*x.jsonl.zst"),
     ("x.jsonl.zst", b"", r"cannot read .*x.jsonl.zst \(cut off: it has no byte of zstd\)"),
     ("x.parquet", parquet_bytes(COLUMN), "x.parquet has no 'text' but body: see --text_column"),
+    ("x.parquet", parquet_bytes(TWICE), "x.parquet has no 'text' but text, text: see --text_"),
     ("x.parquet", parquet_bytes(NUMBERS), "x.parquet: expected text, found int"),
     ("x.parquet", parquet_bytes(COLUMN)[:-9], "x.parquet is not a whole .parquet file"),
     ("x.parquet", b"", "x.parquet is not a whole .parquet file"),
@@ -1790,6 +1852,13 @@ def test_python_docs_are_the_library_once_without_its_tests(python_docs):
     names = {text.split("\n", 1)[0] for text in python_docs}
     assert {"json", "json.decoder", "argparse"} <= names
     assert not any(name.startswith(("test.", "idlelib", "turtledemo")) for name in names)
+
+
+def test_python_docs_begin_with_what_is_of_the_same_kind_as_the_rest(python_docs):
+    """The validation split is their beginning."""
+    reference = set(topics.values())
+    places = [i / len(python_docs) for i, text in enumerate(python_docs) if text in reference]
+    assert len(places) > 50 and 0.35 < np.mean(places) < 0.65
 
 
 # ---------------------------------------------------------------- open_shard

@@ -583,6 +583,15 @@ def test_token_is_for_the_hub_alone_and_nothing_comes_packed(hub, tmp_path, monk
 
 
 @pytest.mark.parametrize("options", [dict(source="pretokenized"), dict(shard_tokens=50)])
+def test_every_file_is_synced_before_it_gets_its_name(hub, tmp_path, synced, options):
+    fill_with_parquet(hub)
+    fill_with_shards(hub)
+    prepare_hub(tmp_path / "out", **options)
+    files = [*(tmp_path / "out").iterdir(), *(tmp_path / "cache").glob("*/blobs/*")]
+    assert len(files) > 4 and {path.stat().st_ino for path in files} <= synced
+
+
+@pytest.mark.parametrize("options", [dict(source="pretokenized"), dict(shard_tokens=50)])
 def test_files_without_a_sha256_are_fetched_too(hub, tmp_path, options):
     hub.large = ()
     fill_with_shards(hub)
@@ -869,6 +878,8 @@ def test_no_room_for_what_is_to_fetch_is_said_first(hub, tmp_path, monkeypatch):
     prepare_hub(tmp_path / "out", source="pretokenized")
 
 
-def test_dataset_without_shards_is_named(hub, tmp_path):
+@pytest.mark.parametrize("split", ["none", "val", "train"])
+def test_dataset_without_shards_of_both_splits_is_named(hub, tmp_path, split):
+    (hub.folder / f"finewebedu_{split}_000001.bin").write_bytes(bin_bytes([END_OF_TEXT]))
     with pytest.raises(UserError, match=r"kjj0/finewebedu10B-gpt2 holds no .*_val_000000.bin"):
         prepare_hub(tmp_path / "out", source="pretokenized")
