@@ -2,6 +2,7 @@ import errno
 import json
 import re
 import shutil
+import sys
 from collections import namedtuple
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -203,6 +204,32 @@ def test_what_config_json_leaves_out_is_as_in_transformers(llama):
         GPT.from_pretrained(folder)
 
 
+def test_buffers_that_old_llamas_saved_are_left_out(llama):
+    from safetensors.torch import load_file, save_file
+
+    oracle, folder = llama
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert_same_logits(oracle, folder)
+
+
+def test_gpt2_is_read_as_openai_has_it(shared_folder, tmp_path):
+    """Names without a prefix, the buffers of its masks, and no word of the head, which is tied."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(shared_folder, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights = {key.removeprefix("transformer."): w for key, w in weights.items()}
+    weights["h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
+    weights["h.0.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    change_config(tmp_path, tie_word_embeddings=None)
+    ours, expected = GPT.from_pretrained(tmp_path), GPT.from_pretrained(shared_folder)
+    assert ours.cfg == expected.cfg and ours.cfg.tie_embeddings
+    torch.testing.assert_close(ours.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
 def test_weights_in_several_files_are_read(llama, exported, tmp_path):
     for oracle, name in ((llama[0], "a"), (hugging_face(exported[1]), "b")):
         oracle.save_pretrained(tmp_path / name, max_shard_size="20KB")
@@ -239,6 +266,25 @@ def test_what_gpt_does_not_compute_is_refused_by_name(llama, keys):
     assert str(folder) in message and "\n" not in message
     wrong = value.values() if isinstance(value, dict) else [value]
     assert all(str(x) in message for x in wrong)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"activation_function": "relu"},
+        {"layer_norm_epsilon": 1e-6},
+        {"scale_attn_weights": False},
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"n_inner": 24},
+    ],
+    ids=lambda keys: next(iter(keys)),
+)
+def test_a_gpt2_that_computes_something_else_is_refused_by_name(shared_folder, tmp_path, keys):
+    shutil.copytree(shared_folder, tmp_path, dirs_exist_ok=True)
+    change_config(tmp_path, **keys)
+    [(key, value)] = keys.items()
+    with pytest.raises(UserError, match=f"is not what GPT computes: {key} is {value}, not "):
+        GPT.from_pretrained(tmp_path)
 
 
 def test_a_llama_without_some_of_its_tensors_or_with_more_is_refused(llama):
@@ -369,6 +415,25 @@ def test_text_is_not_given_to_a_model_of_other_tokens(shared_folder, tmp_path, f
     assert GPT.from_pretrained(tmp_path).cfg.vocab_size == 50257  # its weights are good
 
 
+@pytest.mark.parametrize("file", ["vocab.json", "tokenizer.json"])
+def test_tokens_of_a_model_of_the_hub_are_looked_at_too(shared_folder, tmp_path, monkeypatch, file):
+    import huggingface_hub
+
+    def snapshot(repository, allow_patterns):
+        for name in {file}.intersection(allow_patterns):
+            vocabulary = {"hello": 0, "world": 1}
+            content = vocabulary if name == "vocab.json" else {"model": {"vocab": vocabulary}}
+            (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+        return str(tmp_path)
+
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda _, name: str(shared_folder / name)
+    )
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    with pytest.raises(UserError, match=r"has a vocabulary of its own: it was trained on other"):
+        load_text_model("someone/gpt2")
+
+
 def test_a_runs_folder_is_told_its_checkpoint(checkpoint):
     folder = Path(checkpoint()).parent
     (folder / "config.toml").touch()
@@ -482,8 +547,17 @@ def test_files_are_readable_to_whom_the_umask_allows(shared_folder):
     assert len(modes) == 1
 
 
+def test_config_tells_dropout_and_the_dtype_by_both_of_its_names(checkpoint, tmp_path):
+    for name in ("gpt2", "llama"):
+        export.export(checkpoint(**EXPORTABLE[name], dropout=0.25), tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text("utf-8"))
+        assert {config[key] for key in KINDS[name].dropouts} == {0.25}
+        assert config["dtype"] == config["torch_dtype"] == "float32"  # transformers 5; before
+
+
 def test_model_card_tells_the_run_and_no_path_of_its_machine(checkpoint, tmp_path):
-    path = checkpoint(data_dir="/home/someone/my_shards", log_dir="/home/someone/log")
+    keys = {"data_dir": "my_shards", "log_dir": "log", "init_from": "a.pt", "hellaswag_path": "h"}
+    path = checkpoint(**{key: f"/home/someone/{name}" for key, name in keys.items()})
     export.export(path, tmp_path / "my_model")
     card = (tmp_path / "my_model" / "README.md").read_text(encoding="utf-8")
     parameters = sum(p.numel() for p in GPT.from_pretrained(tmp_path / "my_model").parameters())
@@ -633,12 +707,24 @@ def test_nothing_is_left_of_an_export_that_fails(checkpoint, tmp_path, monkeypat
     assert names(tmp_path) == ["best.pt"]
 
 
+def test_every_file_is_synced_before_the_folder_gets_its_name(shared_folder, tmp_path, synced):
+    export.export(str(shared_folder), tmp_path / "exported")
+    assert {path.stat().st_ino for path in (tmp_path / "exported").iterdir()} <= synced
+
+
 def test_a_full_disk_is_said_before_anything_is_written(checkpoint, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
     with pytest.raises(UserError, match=r"exported needs 6\.\d\dMB more, 1\.00kB are free"):
         export.export(checkpoint(), tmp_path / "exported")
     assert names(tmp_path) == ["best.pt"]
+
+
+def test_torchrun_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["export.py", "--model=x.pt", "--out_dir=y"])
+    with pytest.raises(UserError, match="start it without torchrun"):
+        export.main()
 
 
 def test_command_says_what_it_wrote(checkpoint, tmp_path, run_cli):

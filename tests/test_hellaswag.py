@@ -268,7 +268,8 @@ def test_score_adds_ranks_and_gives_binomial_errors(tasks, model):
     scores = hellaswag.score(model, tasks, twin)
     p = one[2].item() / len(tasks)
     assert scores["tasks"] == 2 * len(tasks)
-    assert scores["acc_norm"] == pytest.approx(p)
+    right = dict(zip(("acc", "acc_norm", "acc_norm_chars"), one[1:].tolist(), strict=True))
+    assert {key: scores[key] * len(tasks) for key in right} == pytest.approx(right)
     assert scores["acc_norm_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / (2 * len(tasks))))
 
 
@@ -344,6 +345,12 @@ def test_help_names_every_option():
     command = [sys.executable, str(REPOSITORY / "hellaswag.py"), "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
     assert all(f"--{name}" in shown.stdout for name in ("model", "examples", "data", "json"))
+
+
+def test_fewer_examples_than_none_are_refused(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["hellaswag.py", "--model=x", "--examples=-1"])
+    with pytest.raises(UserError, match="--examples=-1 is not possible: 0 scores all"):
+        hellaswag.main()
 
 
 def test_lack_of_memory_is_one_line_that_says_what_helps(tmp_path, monkeypatch):

@@ -214,8 +214,9 @@ def test_ten_in_a_row_end_the_run_with_a_checkpoint_from_before(
     poison |= set(range(3, 100))
     cfg = replace(tiny_run, max_steps=20, warmup_steps=99, checkpoint_interval=checkpoint_interval)
     cfg = replace(cfg, keep_checkpoints=1)
-    with pytest.raises(UserError, match=r"10 steps in a row .*\n.* step 3, from before"):
+    with pytest.raises(UserError, match=r"10 steps in a row .*\n.* step 3, from before") as told:
         train(cfg)
+    assert ("an older one" in str(told.value)) == bool(checkpoint_interval)  # where there is one
     folder = reference.parent / "run"
     kept, expected = (
         torch.load(path / "step_000003.pt", weights_only=True) for path in (folder, reference)

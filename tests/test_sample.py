@@ -137,13 +137,13 @@ def test_several_samples_are_printed_whole_under_a_rule_each(command, model):
     assert len(set(texts)) == 3
 
 
-@pytest.mark.parametrize("end", ["", EOFError()])
+@pytest.mark.parametrize("end", ["", EOFError(), RuntimeError("input(): lost sys.stdin")])
 def test_interactive_continues_each_prompt_until_an_empty_one_or_the_end(command, monkeypatch, end):
     typed = iter(["The cat", "The dog", end, "never read"])
 
     def read(prompt):
         line = next(typed)
-        if isinstance(line, EOFError):
+        if isinstance(line, Exception):
             raise line
         return line
 
@@ -151,6 +151,19 @@ def test_interactive_continues_each_prompt_until_an_empty_one_or_the_end(command
     printed = command("--interactive=True", "--preset=greedy")
     assert printed.count("The cat") == printed.count("The dog") == 1
     assert next(typed) == "never read"
+
+
+def test_each_interactive_prompt_has_a_seed_of_its_own(command, monkeypatch):
+    typed = iter(["The cat", "The cat", ""])
+    expected = [command("--prompt=The cat", f"--seed={seed}") for seed in (5, 6)]
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    assert command("--interactive", "--seed=5") == "".join(expected)
+    assert expected[0] != expected[1]
+
+
+def test_prompt_beside_interactive_is_refused_as_it_would_be_ignored(command):
+    with pytest.raises(UserError, match="--interactive asks for prompts: leave --prompt out"):
+        command("--interactive", "--prompt=The cat")
 
 
 def test_a_model_of_other_tokens_is_refused(tmp_path, tiny, make_model):

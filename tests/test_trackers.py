@@ -242,6 +242,15 @@ def test_training_goes_on_without_a_wandb_server(tiny_run, train, offline, monke
     assert capfd.readouterr().out.count("Wandb is off: ") == 1
 
 
+def test_wandb_waits_as_long_as_the_user_has_set(config, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", stub_wandb())
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "7")
+    monkeypatch.delenv("WANDB_FINISH_TIMEOUT", raising=False)
+    trackers.open_trackers(replace(config, wandb_project="p"), tmp_path, 0)
+    assert os.environ["WANDB_INIT_TIMEOUT"] == "7"
+    assert os.environ["WANDB_FINISH_TIMEOUT"] == trackers.PATIENCE["WANDB_FINISH_TIMEOUT"]
+
+
 # ---------------------------------------------------------------- errors
 
 

@@ -354,6 +354,19 @@ def test_check_tells_where_nothing_can_be_written(tiny_run, runtime, tmp_path, m
         train_gpt2.train(replace(tiny_run, log_dir=str(tmp_path / place), check=True), runtime)
 
 
+def test_check_needs_room_for_the_checkpoints_that_stay_and_one_more(
+    tiny, runtime, tmp_path, monkeypatch
+):
+    model = GPT(tiny)
+    one = 3 * 4 * sum(p.numel() for p in model.parameters())  # weights and moments, in float32
+    free = (1 + tiny.keep_checkpoints) * one
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    hardware.describe(model, tmp_path, runtime)
+    free -= 1
+    with pytest.raises(UserError, match=r"needs .* more, .* are free"):
+        hardware.describe(model, tmp_path, runtime)
+
+
 def test_a_run_is_trained_by_one_process_at_a_time(tiny_run, train, runtime):
     folder, _ = train(tiny_run)
     cfg = replace(tiny_run, resume=True, max_steps=10)
@@ -646,6 +659,12 @@ def test_looking_at_norms_changes_no_number_of_the_training(tiny_run, train):
     assert {key: runs[1][key] for key in runs[0]} == runs[0]
 
 
+def test_head_of_its_own_counts_among_the_embeddings(tiny, make_model):
+    model = make_model(replace(tiny, tie_embeddings=False))
+    head = model.lm_head.weight
+    assert any(p is head for p in train_gpt2.trackers.Norms(model).groups["embedding"])
+
+
 def test_norms_leave_out_what_is_frozen(tiny, make_model):
     model = make_model(tiny).train()
     model.transformer.wpe.weight.requires_grad_(False)
@@ -881,6 +900,7 @@ LACKS = (  # of memory; MPS has no class for it
     RuntimeError("backend='inductor' raised:\nOutOfMemoryError: CUDA out of memory. Tried to ..."),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
 )
 
 
@@ -1037,6 +1057,21 @@ def test_precision_and_compiler_follow_the_compute_capability(
     assert ("no bfloat16" in capsys.readouterr().out) == (dtype == "float16")
 
 
+@pytest.mark.parametrize(
+    "native, dtype",
+    [
+        ("", "float32"),
+        ("_is_avx512_bf16_supported", "bfloat16"),
+        ("_is_amx_tile_supported", "bfloat16"),
+    ],
+)
+def test_precision_follows_what_the_cpu_multiplies_in(monkeypatch, runtime, capsys, native, dtype):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == native, raising=False)
+    assert hardware.find_dtype("auto", torch.device("cpu"), runtime.print) == getattr(torch, dtype)
+    assert ("without native bfloat16" in capsys.readouterr().out) == (dtype == "float32")
+
+
 def test_model_is_not_compiled_where_that_cannot_work(monkeypatch, runtime, capsys):
     model = torch.nn.Linear(1, 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
@@ -1057,6 +1092,14 @@ def test_the_compiler_that_inductor_takes_decides_whether_there_is_one(monkeypat
     monkeypatch.delenv("CXX")
     monkeypatch.setattr(hardware.shutil, "which", lambda name: name if name == "clang++" else None)
     assert hardware.compile_obstacle(cpu) == "there is no C++ compiler g++"
+
+
+def test_a_python_without_its_header_cannot_compile(monkeypatch, tmp_path):
+    monkeypatch.setattr(hardware.shutil, "which", lambda name: name)
+    monkeypatch.setattr(hardware.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert hardware.compile_obstacle(torch.device("cpu")).startswith("no Python.h; install ")
+    (tmp_path / "Python.h").touch()
+    assert hardware.compile_obstacle(torch.device("cpu")) == ""
 
 
 @pytest.mark.parametrize(
@@ -1177,6 +1220,11 @@ def test_of_ids_that_are_of_no_text_no_text_is_asked(
     finish(folder, replace(tiny_run, vocab_size=vocab_size), runtime)
     told = re.findall(r"(\w+)\.py ", capfd.readouterr().out)
     assert told == ["sample", "attention", "train_gpt2"][-scripts:]
+
+
+def test_rank_0_alone_draws_and_tells_what_to_do_next(tiny, tmp_path, capfd):
+    finish(tmp_path, tiny, SimpleNamespace(rank=1))
+    assert capfd.readouterr() == ("", "") and not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
