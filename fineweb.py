@@ -610,7 +610,7 @@ def save_shards(tokens, sizes, made, options, ranks, manifest):
         write_manifest(partial, manifest)
     manifest["next"][ranks.key] = tokens.place()  # also where this rank's files hold no text
     if tokens.place() and not options.max_shards:
-        raise UserError(f"more than {len(sizes):,} shards: set --shard_tokens to more")
+        raise UserError(f"more than {len(sizes):,} shards: set --shard_tokens to more, and {ANEW}")
 
 
 def read_blocks(source, files, place):
@@ -824,6 +824,10 @@ def begin(options, ranks):
         if manifest.get(key) != value:
             made = f"{key}={manifest.get(key)}, not {value}"
             raise UserError(f"{folder} holds shards made with {made}: {ANEW}")
+    if len(revisions := {manifest.get("revision") for manifest in manifests} - {None}) > 1:
+        raise UserError(
+            f"{folder} holds shards of revisions {', '.join(sorted(revisions))}: {ANEW}"
+        )
     manifest = merged(manifests)
     check_shards(folder, manifest, more=bool(parts))
     whole = not any(manifest["next"].values())
@@ -875,7 +879,7 @@ def finish(folder, ranks, manifest):
     manifests = ranks.gather(manifest)
     manifest = merged(manifests)
     if len({part["revision"] for part in manifests}) > 1:
-        raise UserError(f"{folder}: the dataset has just changed; name a commit by --revision")
+        raise UserError(f"the dataset has just changed: {ANEW}, and name a commit by --revision")
     if ranks.rank == 0:
         numbers = {shard_number(shard["file"]) for shard in manifest["shards"]}
         for name in shard_files(folder):  # one that was made, but not noted when a kill came

@@ -348,9 +348,10 @@ def read_rows(path, column, skip):
             pyarrow.OSFile(os.fsencode(path)) as opened,  # whatever bytes its name has
             pyarrow.parquet.ParquetFile(opened, **how) as file,
         ):
-            if file.schema_arrow.names.count(column) != 1:
+            if (there := file.schema_arrow.names.count(column)) != 1:
                 found = ", ".join(file.schema_arrow.names)
-                raise UserError(f"{path} has no {column!r} but {found}: see --text_column")
+                columns = f"{there} columns {column!r}" if there else f"no {column!r}"
+                raise UserError(f"{path} has {columns} but {found}: see --text_column")
             kind = file.schema_arrow.field(column).type
             kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
             if str(kind) not in ("string", "large_string", "string_view"):

@@ -1458,6 +1458,26 @@ def test_one_rank_without_room_ends_all_before_anything_is_written(mixed, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_shards_of_two_revisions_are_never_made_one_folder(tmp_path, monkeypatch):
+    """Each rank asks for the newest; what they made is told apart the next time, too."""
+    (tmp_path / "in").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "in" / name).write_text("some words and more of them " * 200, encoding="utf-8")
+    open_source, commits = fineweb.open_source, itertools.count()
+
+    def moved(options, revision):
+        source = open_source(options, revision)
+        return source._replace(revision=revision or f"commit {next(commits)}")
+
+    monkeypatch.setattr(fineweb, "open_source", moved)
+    for told in (
+        "dataset has just changed: delete",
+        "shards of revisions commit 0, commit 1: delete",
+    ):
+        with pytest.raises(UserError, match=told):
+            prepare_in_ranks(2, local(tmp_path / "in", tmp_path / "out", val_tokens=16))
+
+
 def test_dataset_that_changes_before_the_last_rank_looks_makes_no_folder(
     mixed, tmp_path, monkeypatch
 ):
@@ -1467,7 +1487,7 @@ def test_dataset_that_changes_before_the_last_rank_looks_makes_no_folder(
         return open_source(*args)._replace(revision=f"commit {next(commits)}")
 
     monkeypatch.setattr(fineweb, "open_source", moved)
-    with pytest.raises(UserError, match="dataset has just changed; name a commit by --revision"):
+    with pytest.raises(UserError, match=r"dataset has just changed: .* name a commit by --revision"):
         prepare_in_ranks(2, local(mixed[0], tmp_path / "out"))
     assert not (tmp_path / "out" / "manifest.json").exists()
 
@@ -1671,7 +1691,7 @@ BAD_INPUT = [
     ("x.jsonl.zst", zstd(GOOD * 999)[:-3], r"cannot read .*x.jsonl.zst"),
     ("x.jsonl.zst", b"", r"cannot read .*x.jsonl.zst \(cut off: it has no byte of zstd\)"),
     ("x.parquet", parquet_bytes(COLUMN), "x.parquet has no 'text' but body: see --text_column"),
-    ("x.parquet", parquet_bytes(TWICE), "x.parquet has no 'text' but text, text: see --text_"),
+    ("x.parquet", parquet_bytes(TWICE), "x.parquet has 2 columns 'text' but text, text: see"),
     ("x.parquet", parquet_bytes(NUMBERS), "x.parquet: expected text, found int"),
     ("x.parquet", parquet_bytes(COLUMN)[:-9], "x.parquet is not a whole .parquet file"),
     ("x.parquet", b"", "x.parquet is not a whole .parquet file"),
