@@ -1487,7 +1487,7 @@ def test_dataset_that_changes_before_the_last_rank_looks_makes_no_folder(
         return open_source(*args)._replace(revision=f"commit {next(commits)}")
 
     monkeypatch.setattr(fineweb, "open_source", moved)
-    with pytest.raises(UserError, match=r"dataset has just changed: .* name a commit by --revision"):
+    with pytest.raises(UserError, match=r"has just changed: .* name a commit by --revision"):
         prepare_in_ranks(2, local(mixed[0], tmp_path / "out"))
     assert not (tmp_path / "out" / "manifest.json").exists()
 
