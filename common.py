@@ -110,6 +110,7 @@ def check_types(options):
             right, expected = value in get_args(field.type), " or ".join(get_args(field.type))
         else:
             right = isinstance(value, (int, float) if kind is float else kind)
+            right = right and (kind is bool or not isinstance(value, bool))  # which is an int, too
             expected = f"of type {kind.__name__}"
         if not right:
             raise UserError(f"{field.name}={value!r} must be {expected}")

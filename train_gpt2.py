@@ -212,7 +212,7 @@ class Runtime:
             how = {"backend": "nccl", "device_id": self.device} if nccl else {"backend": "gloo"}
             wait = timedelta(seconds=timeout)
             store, rank, world = next(dist.rendezvous("env://", timeout=wait))
-            # of its own: torchrun's store still has the addresses of a life before this one
+            # of its own: torchrun's store still has the addresses of this machine's life before
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             dist.init_process_group(store=store, rank=rank, world_size=world, timeout=wait, **how)
             if self.dtype != self.agree(lambda: self.dtype):  # float16's gradients are scaled
@@ -1098,9 +1098,10 @@ def set_up(cfg, runtime, shards):
     micro_steps, G = batch_layout(cfg, runtime.world, B)
     loader = Loader(shards, cfg, runtime, B, G)
     own = [state.step, *loader.layout]
-    if own != runtime.agree(lambda: own):  # they would train apart, and nothing would show it
+    same = torch.tensor(float(own == runtime.agree(lambda: own)))
+    if runtime.sum(same).item() < runtime.world:  # training apart, nothing would show it
         remedy = "log_dir and data_dir must be folders that every machine sees"
-        raise UserError(f"rank {runtime.rank} has another checkpoint or other data: {remedy}")
+        raise UserError(f"not all ranks have the same checkpoint and data: {remedy}")
     return state, runtime.parallel(fast, B, cfg.block_size), loader, micro_steps
 
 

@@ -147,6 +147,7 @@ def test_missing_config_is_named(tmp_path):
         ("max_steps", 1e4, "of type int"),
         ("learning_rate", "6e-4", "of type float"),
         ("run_name", None, "of type str"),
+        ("n_layer", True, "of type int"),
     ],
 )
 def test_value_of_another_type_is_refused_in_code_and_as_an_edited_default(key, value, expected):
