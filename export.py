@@ -105,7 +105,7 @@ def run_rows(name):
     log = read_log(Path(name).with_name("log.txt"))
 
     def last(stream):
-        """(step, value) of the last time before these weights were left behind."""
+        """(step, value) of a stream's last line up to this checkpoint, or None."""
         return max((at for at in log.get(stream, {}).items() if at[0] <= steps), default=None)
 
     rows = {"data": Path(cfg.data_dir).name, "optimizer steps": f"{steps:,}"}
@@ -134,9 +134,11 @@ def model_card(title, name, cfg, kind, parameters):
     if name.endswith(".pt"):
         rows |= run_rows(name)
         # the names of folders, not where they lie on the machine that trained
-        paths = {key: getattr(cfg, key) for key in ("data_dir", "log_dir", "hellaswag_path")}
-        paths |= {} if on_hub(cfg.init_from) else {"init_from": cfg.init_from}
-        public = replace(cfg, **{key: Path(path).name for key, path in paths.items()})
+        paths = ("data_dir", "log_dir", "init_from", "hellaswag_path")
+        names = {key: Path(getattr(cfg, key)).name for key in paths}
+        if on_hub(cfg.init_from):  # whole, as its last part may name another model
+            names["init_from"] = cfg.init_from
+        public = replace(cfg, **names)
         settings = f"\nThe run's settings (train_gpt2.py):\n\n```toml\n{to_toml(public)}```\n"
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"""---

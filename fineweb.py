@@ -326,6 +326,7 @@ def open_source(options, revision):
 
 
 def tell_left_out(files):
+    """Say how many files below --input are no text that is read here, and how their names end."""
     endings = sorted({path.suffix or "no ending" for path in files})
     more = ", ..." if len(endings) > 5 else ""
     if first_rank():

@@ -152,7 +152,7 @@ def telling_obstacles(cfg, runtime):
 
 
 def introduce(state, loader, micro_steps, max_steps, runtime):
-    """Say on what, with what and how long the run trains."""
+    """Say on what, with what and how long the run trains; refuse a max_steps that was passed."""
     model, world, tokens = state.model, runtime.world, loader.G * loader.T
     cfg = model.cfg
     if state.layout not in (None, loader.layout):

@@ -62,9 +62,11 @@ def font():
 def label(token):
     """A token as short text: spaces are dots, parts of a character are bytes."""
     text = tokenizer().decode_single_token_bytes(token).decode("utf-8", "backslashreplace")
-    drawn = (c.isprintable() and font().get_char_index(ord(c)) for c in text)
-    text = "".join(c if there else ascii(c)[1:-1] for c, there in zip(text, drawn, strict=True))
-    text = text.replace(" ", "·")
+
+    def seen(c):
+        return c.isprintable() and font().get_char_index(ord(c))
+
+    text = "".join(c if seen(c) else ascii(c)[1:-1] for c in text).replace(" ", "·")
     return text if len(text) <= 12 else f"{text[:11]}…"
 
 
