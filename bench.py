@@ -764,7 +764,7 @@ def weights_in(dtype, model):
 def bench_sample(options):
     """generate() with its cache, beside itself without, and transformers where it is installed"""
     runtime, model, figures = open_model(options)
-    model, step = by_columns(model), gpt.next_logits
+    model, step = by_columns(model, runtime.dtype), gpt.next_logits
     if options.compile_step:
         if runtime.device.type != "cuda":
             raise UserError("compile_step is for CUDA, where a step is a graph: leave it out")

@@ -1,3 +1,4 @@
+import contextlib
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -10,7 +11,7 @@ import sample
 from common import UserError
 from fineweb import END_OF_TEXT, tokenizer
 from sample import Options, sampling, stream
-from train_gpt2 import Config, Sampling, complete
+from train_gpt2 import Config, KVCache, Sampling, complete, next_logits
 
 
 @pytest.fixture
@@ -193,6 +194,37 @@ def test_torchrun_is_refused(command, monkeypatch):
 def test_head_by_columns_is_the_same_head(model):
     idx = torch.randint(0, 50257, (2, 16))
     expected = model(idx)
-    turned = sample.by_columns(model).lm_head.weight
+    assert sample.by_columns(model, torch.bfloat16).lm_head.weight.is_contiguous()
+    turned = sample.by_columns(model, torch.float32).lm_head.weight
     assert turned is model.transformer.wte.weight and turned.t().is_contiguous()
     torch.testing.assert_close(model(idx), expected)
+
+
+def test_one_row_alone_is_multiplied_without_onednn(model, monkeypatch):
+    def step(model, idx, *where):
+        assert where == (1, 2, 3)
+        used.append((idx.numel(), torch.backends.mkldnn.enabled))
+        return 1 / (idx.numel() - 3)
+
+    used = []
+    monkeypatch.setattr(sample, "next_logits", step)
+    on = torch.backends.mkldnn.enabled
+    for row in (torch.zeros(1, 1), torch.zeros(1, 2), torch.zeros(2, 1), torch.zeros(1, 3)):
+        with contextlib.suppress(ZeroDivisionError):
+            sample.best_step(row.device)(model, row, 1, 2, 3)
+        assert torch.backends.mkldnn.enabled == on
+    assert used == [(1, False), (2, on), (2, on), (3, on)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_row_gives_the_logits_of_any_step(model, dtype):
+    def logits(step):
+        cache, keys = KVCache(16), torch.arange(16)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, dtype == torch.bfloat16):
+            for new in (keys[:3], keys[3:4]):  # a prompt, then a token
+                mask = keys <= new[:, None]
+                last = step(model, new[None], new, mask, cache)
+        return last[:, :50257].float()
+
+    near = {} if dtype == torch.float32 else dict(rtol=0.02, atol=0.02)
+    torch.testing.assert_close(logits(sample.one_row), logits(next_logits), **near)
