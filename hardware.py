@@ -59,7 +59,7 @@ def product_dtype(x):
 
 
 def prepare_memory(device):
-    """Let a CPU's memory come fast, and a GPU's end where it would be swapped."""
+    """Keep what a CPU run frees: it is fast to take again. Refuse a GPU what would be swapped."""
     if device.type == "mps":
         torch.mps.set_per_process_memory_fraction(1.0)  # not 1.7, which swaps
     elif device.type == "cuda" and sys.platform == "win32":  # whose driver swaps, too
@@ -107,7 +107,7 @@ def peak_flops(device, dtype):
 
 
 def lacks_memory(error):
-    """Whether a RuntimeError tells that a device's memory is full."""
+    """Whether a RuntimeError says that a device's memory is full."""
     told = str(error)  # by MPS, the compiler, cuBLAS and the driver in errors of their own
     words = ("out of memory", "ALLOC_FAILED", "Invalid buffer size", "can't allocate memory")
     return isinstance(error, torch.OutOfMemoryError) or any(word in told for word in words)
@@ -115,7 +115,7 @@ def lacks_memory(error):
 
 @contextlib.contextmanager
 def telling_memory(who, remedy):
-    """Make a UserError of a device's lack of memory."""
+    """Turn a device's lack of memory into a UserError."""
     try:
         yield
     except RuntimeError as error:
@@ -125,7 +125,7 @@ def telling_memory(who, remedy):
 
 
 def forget_memory(runtime):
-    """Give cached memory back and count the peak anew."""
+    """Give cached memory back, and count its peak from here on."""
     gc.collect()  # a compilation that failed is held by cycles
     if runtime.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -143,7 +143,7 @@ def spare_memory(device):
 
 
 def fit_micro_batch(model, B, runtime, resumed=False):
-    """B halved until a forward and backward pass of so many sequences fits on every rank."""
+    """B, halved until a forward and backward pass of B sequences fits on every rank."""
     if runtime.device.type == "cpu":
         return B  # nothing could be caught
 
@@ -199,7 +199,7 @@ def versions():
 
 
 def refuse_wrong(cfg, runtime):
-    """A UserError for what a device is known to compute wrongly."""
+    """Raise a UserError for what a device is known to compute wrongly."""
     if runtime.device.type == "mps" and cfg.gradient_checkpointing and cfg.dropout:
         wrong = "gradient_checkpointing=True recomputes with another dropout on MPS"
         raise UserError(f"{wrong} (torch 2.13): set --dropout=0")

@@ -178,7 +178,7 @@ def predictions(model, tasks, device="cpu", rank=0, world=1, batch_tokens=0):
 
 
 def surprise(model, packed, device="cpu"):
-    """Of each packed task's four endings: minus the log-probability, and the tokens, on the CPU."""
+    """Sums over the four endings of each packed task, on the CPU: nats, and tokens."""
     inputs, row, column, targets, ending = collate(packed, device)
     x = model.features(*inputs)[row, column]  # (n, C), only where an ending's token is next
     parts = zip(x.split(512), targets.split(512), strict=True)  # 100 MB of logits at a time

@@ -138,17 +138,20 @@ def stop_on_signal(save, in_step):
 @contextlib.contextmanager
 def telling_obstacles(cfg, runtime):
     """Where a device's memory is too little, or torch.compile fails, say what to set."""
-    remedy = "halve --micro_batch_size, double grad_accum_steps if set, add --resume=True"
-    remedy = "set --micro_batch_size=1, or --device=cpu" if cfg.eval_only else remedy
+    remedy, again = "set --micro_batch_size=1, or --device=cpu", ""
+    if not cfg.eval_only:
+        remedy = "halve --micro_batch_size, double grad_accum_steps if set, add --resume=True"
+        again = ", and --resume=True where the run has begun"
     try:
         with hardware.telling_memory(f"rank {runtime.rank}", remedy):
             yield
     except RuntimeError as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
-        reason, remedy = str(error).partition("\n")[0], "set --compile_model=False"
-        again = "" if cfg.eval_only else ", and --resume=True where the run has begun"
-        raise UserError(f"torch.compile failed ({reason})\n       {remedy}{again}") from error
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"torch.compile failed ({reason})\n       set --compile_model=False{again}"
+        ) from error
 
 
 def introduce(state, loader, micro_steps, max_steps, runtime):
