@@ -206,14 +206,26 @@ def test_one_row_alone_is_multiplied_without_onednn(model, monkeypatch):
         used.append((idx.numel(), torch.backends.mkldnn.enabled))
         return 1 / (idx.numel() - 3)
 
-    used = []
+    used, on = [], True
     monkeypatch.setattr(sample, "next_logits", step)
-    on = torch.backends.mkldnn.enabled
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", on)  # whatever a test before has left
     for row in (torch.zeros(1, 1), torch.zeros(1, 2), torch.zeros(2, 1), torch.zeros(1, 3)):
         with contextlib.suppress(ZeroDivisionError):
             sample.best_step(row.device)(model, row, 1, 2, 3)
         assert torch.backends.mkldnn.enabled == on
     assert used == [(1, False), (2, on), (2, on), (3, on)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_command_takes_the_fast_way_of_its_dtype(command, monkeypatch, dtype):
+    def step(model, *inputs):
+        turned.add(model.lm_head.weight.t().is_contiguous())
+        return next_logits(model, *inputs)
+
+    turned = set()
+    monkeypatch.setattr(sample, "next_logits", step)  # as one_row calls it, and generate does not
+    command(f"--dtype={dtype}")
+    assert turned == {dtype == "float32"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
