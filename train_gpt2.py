@@ -515,7 +515,10 @@ class GPT(nn.Module):
         """The model of a checkpoint that `train` wrote, in evaluation mode, on the CPU."""
         cfg, saved = read_checkpoint(path)
         model = cls(cfg)
-        model.load_state_dict(saved["model"])
+        try:
+            model.load_state_dict(saved["model"])
+        except (KeyError, RuntimeError) as error:  # saved before this file was edited, or foreign
+            raise UserError(f"{path} does not fit ({pretrained.in_short(error)})") from None
         return model.eval()
 
     @classmethod

@@ -314,3 +314,14 @@ def test_model_of_a_checkpoint_continues_a_text(favouring, tmp_path):
     model = GPT.from_checkpoint(tmp_path / "best.pt")
     assert model.generate("Hello world,", max_new_tokens=3) == " word word word"
     assert model.generate("", 2, temperature=0.5, top_k=1) == " word word"
+
+
+def test_checkpoint_of_a_model_before_it_was_edited_is_refused_in_a_line(favouring, tmp_path):
+    model = favouring({5: 50})
+    content = {"config": asdict(model.cfg)}
+    weights = {f"old.{key}": p for key, p in model.state_dict().items()}
+    for name, more in (("edited.pt", {"model": weights}), ("none.pt", {})):
+        torch.save(content | more, tmp_path / name)
+        with pytest.raises(UserError, match=rf"{name} does not fit \(.*\w+") as caught:
+            GPT.from_checkpoint(tmp_path / name)
+        assert "\n" not in str(caught.value)
