@@ -57,10 +57,11 @@ class Options:
 
 def sampling(options):
     """The preset with the fields that the options set themselves; impossible values are refused."""
-    for key, least in (("max_new_tokens", 1), ("num_samples", 1), ("seed", 0)):
-        value = getattr(options, key)
-        if not least <= value < 2**63:
-            raise UserError(f"{key}={value} is not possible: it must be {least} or more")
+    limits = {"max_new_tokens": (1, 2**31), "num_samples": (1, 2**31), "seed": (0, 2**63)}
+    for key, (least, most) in limits.items():
+        if not least <= (value := getattr(options, key)) < most:
+            must = f"it must be {least} or more, and below {most}"
+            raise UserError(f"{key}={value} is not possible: {must}")
     own = {key: getattr(options, key) for key in asdict(PRESETS["greedy"])}
     own = {key: value for key, value in own.items() if value is not None}
     return replace(PRESETS[options.preset], **own)

@@ -69,6 +69,7 @@ def test_a_flag_overrides_its_field_of_the_preset_alone():
         ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")),
         ("top_k", -1), ("top_p", 0.0), ("top_p", 1.5), ("repetition_penalty", 0.0),
         ("max_new_tokens", 0), ("num_samples", 0), ("seed", -1), ("seed", 2**63),
+        ("num_samples", 2**31), ("max_new_tokens", 2**31),
     ],
 )  # fmt: skip
 def test_impossible_values_are_refused_by_name_and_value(field, value):
