@@ -31,7 +31,7 @@ from common import (
     tokens_at,
 )
 from fineweb import END_OF_TEXT, TABLE
-from pretrained import KINDS, on_hub
+from pretrained import KINDS, has_other_tokens, on_hub
 from train_gpt2 import VOCABULARY, load_model, read_checkpoint
 
 
@@ -189,6 +189,8 @@ def export(name, out_dir):
     """Write the model as the folder `out_dir`, whole or not at all."""
     model = load_model(name)
     model_type = find_kind(model.cfg)
+    if has_other_tokens(name):
+        raise UserError(f"{name} has a vocabulary of its own, not GPT-2's: take it as it is")
     kind = KINDS[model_type]
     with new_folder(out_dir) as folder:
         weights = tensors(model, kind)

@@ -201,6 +201,8 @@ def read(name):
 
 def has_other_tokens(name):
     """Whether the vocabulary beside a model, if any, has other ids than GPT-2's for its tokens."""
+    if name in OPENAI or str(name).endswith(".pt"):
+        return False
     folder = Path(name)
     with contextlib.suppress(Exception):  # what is not there, nor on the hub, cannot be compared
         if not folder.is_dir():

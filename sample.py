@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import hardware
 from common import UserError, alone, command_line, run
 from fineweb import END_OF_TEXT, tokenizer
-from pretrained import OPENAI, has_other_tokens
+from pretrained import has_other_tokens
 from train_gpt2 import (
     VOCABULARY,
     Runtime,
@@ -72,7 +72,7 @@ def load_text_model(name, device="cpu"):
     model, own = load_model(name, device), None
     if model.cfg.vocab_size < VOCABULARY:
         own = f"vocab_size={model.cfg.vocab_size}"
-    elif not (name in OPENAI or str(name).endswith(".pt")) and has_other_tokens(name):
+    elif has_other_tokens(name):
         own = "a vocabulary of its own"
     if own:
         tokens = f"it was trained on other tokens than GPT-2's {VOCABULARY}"

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common import UserError, to_toml
+from pretrained import OPENAI
 from train_gpt2 import GPT, Config, batch_layout, load_config
 
 ROOT = Path(__file__).parents[1]
@@ -250,6 +251,13 @@ def test_every_preset_loads_and_builds(path):
         GPT(cfg)
     micro_batch_size = cfg.micro_batch_size or 1
     assert batch_layout(cfg, 1, micro_batch_size)[0] >= 1
+
+
+@pytest.mark.parametrize("name", OPENAI)
+def test_openai_s_models_are_evaluated_as_they_are(name):
+    cfg, _ = load_config([str(ROOT / "configs" / f"eval_{name.replace('-', '_')}.toml")])
+    assert (cfg.init_from, cfg.eval_only) == (name, True)
+    assert replace(cfg, init_from="", eval_only=False) == Config()
 
 
 def test_help_tells_every_field(capsys):

@@ -1,5 +1,6 @@
 import errno
 import json
+import logging
 import re
 import shutil
 import sys
@@ -15,7 +16,7 @@ import hellaswag
 import train_gpt2
 from common import UserError
 from fineweb import tokenizer
-from pretrained import KINDS
+from pretrained import KINDS, has_other_tokens
 from sample import load_text_model
 from train_gpt2 import ARCHITECTURE, GPT, Config, Sampling, complete, load_model
 
@@ -319,6 +320,21 @@ def test_names_are_fetched_from_the_hub(shared_folder, monkeypatch, name, reposi
         GPT.from_pretrained(name)
 
 
+def test_what_the_hub_s_client_warns_of_is_not_shown(shared_folder, monkeypatch, caplog):
+    """It has a line for each of its tries; what stops a command is told once, at its end."""
+    import huggingface_hub
+
+    def serve(_, file):
+        logging.getLogger("huggingface_hub.utils").warning("Retrying in 1s [Retry 1/5].")
+        return str(shared_folder / file)
+
+    caplog.set_level(logging.WARNING, "huggingface_hub")  # as it is at first
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", serve)
+    GPT.from_pretrained("someone/gpt2")
+    assert not caplog.records
+
+
 def test_weights_in_several_files_are_fetched_from_the_hub_too(tmp_path, monkeypatch):
     import huggingface_hub
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -407,6 +423,9 @@ def test_text_is_not_given_to_a_model_of_other_tokens(shared_folder, tmp_path, f
     write(ids | {"hello": ids["world"], "world": ids["hello"]})
     with pytest.raises(UserError, match=r"has a vocabulary of its own: it was trained on other"):
         load_text_model(tmp_path)
+    with pytest.raises(UserError, match=r"has a vocabulary of its own, not GPT-2's: take it as"):
+        export.export(str(tmp_path), tmp_path / "exported")  # which would have GPT-2's
+    assert not (tmp_path / "exported").exists()
     write([["hello", 0.0]])  # as another kind of tokenizer has it
     with pytest.raises(UserError, match=r"has a vocabulary of its own: it was trained on other"):
         load_text_model(tmp_path)
@@ -432,6 +451,15 @@ def test_tokens_of_a_model_of_the_hub_are_looked_at_too(shared_folder, tmp_path,
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     with pytest.raises(UserError, match=r"has a vocabulary of its own: it was trained on other"):
         load_text_model("someone/gpt2")
+
+
+def test_tokens_that_are_known_are_not_asked_for(monkeypatch):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: asked.append(_))
+    assert not has_other_tokens("log/best.pt") and not has_other_tokens("gpt2")
+    assert asked == []
 
 
 def test_a_runs_folder_is_told_its_checkpoint(checkpoint):

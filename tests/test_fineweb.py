@@ -555,6 +555,20 @@ def test_reading_is_only_a_few_blocks_ahead_of_the_writing_and_fewer_large_ones(
     assert len(asked) <= 20 + ahead
 
 
+@with_gigatoken
+def test_gigatoken_is_fed_by_four_threads_at_most():
+    together, threads = threading.Barrier(4), set()
+
+    def texts():
+        threads.add(threading.get_ident())
+        together.wait(5)
+        return reading.large_strings(["text"])
+
+    blocks = [reading.Block(texts, i, 1.0) for i in range(12)]
+    assert len(list(fineweb.tokenize(blocks, pipeline("gigatoken", 16)))) == 12
+    assert len(threads) == 4
+
+
 def end_this_process():
     os._exit(3)
 
@@ -794,6 +808,24 @@ def test_second_run_into_a_folder_is_refused_while_the_first_is_on(corpus, tmp_p
     assert not out.exists()
     assert prepare_local(corpus, out) == reference(TEXTS)
     assert not list(out.glob(".*"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows deletes no open file")
+@pytest.mark.parametrize("anew", [False, True], ids=["deleted", "made anew"])
+def test_lock_of_a_run_that_ended_just_now_locks_nothing(corpus, tmp_path, monkeypatch, anew):
+    """Another run takes the lock that has its name now, and both would be making the folder."""
+    (tmp_path / "out").mkdir()
+
+    def lock(file):
+        os.unlink(file.name)
+        if anew:
+            Path(file.name).touch()
+        return common.lock(file)
+
+    monkeypatch.setattr(fineweb, "lock", lock)
+    with pytest.raises(UserError, match="another run is making"):
+        prepare_local(corpus, tmp_path / "out")
+    assert not shard_paths(tmp_path / "out")
 
 
 def test_text_that_is_cut_to_other_blocks_than_before_is_not_gone_on_with(tmp_path, monkeypatch):
@@ -1083,10 +1115,11 @@ def test_run_that_fails_keeps_whole_shards_alone_and_can_go_on(
     assert contents(tmp_path / "out") == contents(whole)
 
 
-def test_what_a_killed_run_left_of_a_shard_goes_before_room_is_asked(corpus, tmp_path):
+def test_what_a_killed_run_left_half_written_goes_before_room_is_asked(corpus, tmp_path):
     out, seen = tmp_path / "out", []
     assert interrupted(local(corpus, out), step=6, after=True)
-    leftovers = [out / f".edufineweb_train_000003.npy.{pid}.tmp" for pid in (1, 22)]
+    names = ("edufineweb_train_000003.npy", "manifest.partial.0.json", "manifest.json")
+    leftovers = [out / f".{name}.{pid}.tmp" for name in names for pid in (1, 22)]
     for leftover in leftovers:
         leftover.write_bytes(b"half")
 
@@ -1096,7 +1129,7 @@ def test_what_a_killed_run_left_of_a_shard_goes_before_room_is_asked(corpus, tmp
 
     with patched((fineweb, "check_disk", check_disk)):
         fineweb.prepare(local(corpus, out))
-    assert seen == [False, False]
+    assert seen == [False] * len(leftovers)
 
 
 def test_folder_that_is_removed_meanwhile_is_not_made_anew(corpus, tmp_path):
@@ -1977,6 +2010,13 @@ def test_defaults_follow_the_source():
     )
     assert fineweb.resolve(Options("pretokenized")).out_dir == "edu_fineweb10B"
     assert fineweb.resolve(Options("local", ("x",))).out_dir == "local_text"
+
+
+@pytest.mark.parametrize(("ranks", "processes"), [(1, 8), (3, 2), (16, 1)])
+def test_ranks_of_a_machine_share_its_cores(monkeypatch, ranks, processes):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert fineweb.resolve(Options()).processes == processes
 
 
 @pytest.mark.parametrize(

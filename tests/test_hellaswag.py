@@ -321,6 +321,14 @@ def test_download_happens_once(download, tasks):
     assert cache.read_bytes() == OWN.read_bytes() and calls == [hellaswag.URL]
 
 
+def test_in_training_one_rank_downloads_for_all(download, runtime):
+    _, calls = download(Response(OWN.read_bytes()))
+    runtime.rank, runtime.world, runtime.sum = 1, 2, lambda ready: 2 * ready
+    runtime.agree = lambda decide: OWN  # what rank 0 has found
+    assert hellaswag.shared("", 4, runtime) == hellaswag.load(OWN, 4)
+    assert calls == []
+
+
 @pytest.mark.parametrize(
     "response",
     [
@@ -353,18 +361,41 @@ def test_fewer_examples_than_none_are_refused(monkeypatch):
         hellaswag.main()
 
 
-def test_lack_of_memory_is_one_line_that_says_what_helps(tmp_path, monkeypatch):
-    def short(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Run hellaswag.py in this process on a small model and the tests' own tasks."""
     model = GPT(Config(n_layer=1, n_head=1, n_embd=8, block_size=64))
     content = {"model": model.state_dict(), "config": asdict(model.cfg)}
     torch.save(content, tmp_path / "best.pt")
-    words = [f"--model={tmp_path / 'best.pt'}", f"--data={OWN}", "--device=cpu"]
-    monkeypatch.setattr(sys, "argv", ["hellaswag.py", *words])
+
+    def run(*flags):
+        words = [f"--model={tmp_path / 'best.pt'}", f"--data={OWN}", "--device=cpu", *flags]
+        monkeypatch.setattr(sys, "argv", ["hellaswag.py", *words])
+        hellaswag.main()
+
+    return run
+
+
+@pytest.mark.parametrize(("flags", "count"), [(["--examples=8"], 8), ([], None)])
+def test_as_many_tasks_are_scored_as_asked_for(command, tasks, tmp_path, capsys, flags, count):
+    command(*flags, "--dtype=float32", f"--json={tmp_path / 'scores.json'}")
+    scores = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
+    model = GPT.from_checkpoint(tmp_path / "best.pt")
+    with torch.no_grad():
+        some = hellaswag.load(OWN, count) if count else tasks
+        n, *right = hellaswag.evaluate(model, some).tolist()
+    assert n == scores["tasks"] == (count or len(tasks))
+    assert [scores[name] * n for name in hellaswag.METRICS] == pytest.approx(right)
+    assert capsys.readouterr().out.startswith(f"HellaSwag, {n} tasks in ")
+
+
+def test_lack_of_memory_is_one_line_that_says_what_helps(command, monkeypatch):
+    def short(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
     monkeypatch.setattr(hellaswag, "score", short)
     with pytest.raises(UserError, match=r"^hellaswag\.py is out of memory: take --device=cpu, or"):
-        hellaswag.main()
+        command()
 
 
 @pytest.mark.slow

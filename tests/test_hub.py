@@ -250,6 +250,18 @@ def test_what_is_to_fetch_is_said_and_needs_room(hub, tmp_path, monkeypatch, cap
     assert "to fetch" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("rank", "times"), [("0", 1), ("1", 0)])
+def test_what_is_to_fetch_is_said_by_the_first_rank_and_room_asked_by_each(
+    tmp_path, monkeypatch, capsys, rank, times
+):
+    monkeypatch.setenv("RANK", rank)
+    fineweb.hub.check_room(tmp_path, 1000)
+    assert capsys.readouterr().out.count("to fetch: 1.00kB into ") == times
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=999))
+    with pytest.raises(UserError, match=r"needs 1\.00kB more"):
+        fineweb.hub.check_room(tmp_path, 1000)
+
+
 def test_dataset_that_moved_is_gone_on_with_as_it_was(hub, tmp_path, small_blocks):
     fill_with_parquet(hub)
     options = Options(out_dir=str(tmp_path / "out"), shard_tokens=50)

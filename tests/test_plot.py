@@ -228,6 +228,25 @@ def test_legend_tells_last_values_and_compares_only_what_can_be_compared(tmp_pat
     assert shown[1:] == ["GPT-2 (124M): HellaSwag 0.2955", "GPT-3 (124M): HellaSwag 0.337"]
 
 
+def test_lines_stand_where_the_legend_says_and_only_where_they_can_be_compared(tmp_path, figures):
+    def level_lines(ax):
+        ends = [(line, set(line.get_ydata())) for line in ax.lines]
+        return {(*y, line.get_linestyle()) for line, y in ends if list(line.get_xdata()) == [0, 1]}
+
+    for name, edu in (("python_docs", False), ("edu_fineweb10B", True)):
+        folder = Path(write_run(tmp_path / name, config=f'data_dir = "{name}"\n'))
+        (folder / "log.txt").write_text("0 train 6\n1 val 6\n1 hella 0.26\n", encoding="utf-8")
+        plot.draw([plot.read_run(folder)], tmp_path / "x.png")
+        losses, hella = figures["x.png"].axes
+        assert level_lines(losses) == ({(3.2924, "--")} if edu else set())
+        assert level_lines(hella) == {(0.2955, "--"), (0.337, ":")}
+        low, high = losses.get_ylim()
+        assert (low < 3.2924 < high) == edu
+        _, *keys = figures["x.png"].legends[0].legend_handles
+        looks = [(line.get_label().split(":")[0], line.get_linestyle()) for line in keys]
+        assert looks == [("GPT-2 (124M)", "--"), ("GPT-3 (124M)", ":")]
+
+
 # ---------------------------------------------------------------- norms by group
 
 

@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import hellaswag
 import sample
 from common import UserError
 from fineweb import END_OF_TEXT, tokenizer
+from plots import attention
 from sample import Options, sampling, stream
-from train_gpt2 import Config, KVCache, Sampling, complete, next_logits
+from train_gpt2 import GPT, Config, KVCache, Sampling, complete, next_logits
+
+OWN_TASKS = Path(__file__).parent / "data" / "hellaswag_own.jsonl"
 
 
 @pytest.fixture
@@ -168,10 +172,21 @@ def test_prompt_beside_interactive_is_refused_as_it_would_be_ignored(command):
         command("--interactive", "--prompt=The cat")
 
 
-def test_a_model_of_other_tokens_is_refused(tmp_path, tiny, make_model):
-    torch.save({"model": make_model(tiny).state_dict(), "config": asdict(tiny)}, tmp_path / "x.pt")
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        (sample, ["--prompt=cat", "--device=cpu"]),
+        (hellaswag, [f"--data={OWN_TASKS}", "--device=cpu"]),
+        (attention, ["--text=cat"]),
+    ],
+    ids=["sample", "hellaswag", "attention"],
+)
+def test_a_model_of_other_tokens_is_refused(tmp_path, tiny, monkeypatch, script, flags):
+    torch.save({"model": GPT(tiny).state_dict(), "config": asdict(tiny)}, tmp_path / "x.pt")
+    monkeypatch.setattr(sys, "argv", ["x.py", f"--model={tmp_path / 'x.pt'}", *flags])
     with pytest.raises(UserError, match=r"vocab_size=512.*50257"):
-        sample.load_text_model(str(tmp_path / "x.pt"))
+        script.main()
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
 
 
 def test_reader_who_has_enough_ends_the_command_quietly(tmp_path, make_model):
@@ -201,13 +216,14 @@ def test_head_by_columns_is_the_same_head(model):
     torch.testing.assert_close(model(idx), expected)
 
 
-def test_one_row_alone_is_multiplied_without_onednn(model, monkeypatch):
+@pytest.mark.parametrize("on", [True, False])
+def test_one_row_alone_is_multiplied_without_onednn(model, monkeypatch, on):
     def step(model, idx, *where):
         assert where == (1, 2, 3)
         used.append((idx.numel(), torch.backends.mkldnn.enabled))
         return 1 / (idx.numel() - 3)
 
-    used, on = [], True
+    used = []
     monkeypatch.setattr(sample, "next_logits", step)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", on)  # whatever a test before has left
     for row in (torch.zeros(1, 1), torch.zeros(1, 2), torch.zeros(2, 1), torch.zeros(1, 3)):

@@ -2,6 +2,7 @@ import errno
 import functools
 import importlib.util
 import io
+import json
 import math
 import os
 import platform
@@ -510,6 +511,21 @@ def test_evaluation_scores_hellaswag_and_samples(tiny_run, train, capsys):
     told = capsys.readouterr().out
     assert re.search(r"step +1 \| HellaSwag acc_norm 0\.\d+ \+- 0\.\d+ \| acc 0\.\d+", told)
     assert told.count("  > Hello,") == 2
+
+
+def test_hellaswag_in_log_txt_is_acc_norm(tiny_run, train, tmp_path, capsys):
+    """One token costs less than eight, whatever it is; a mean of any of them may be the lowest."""
+    words = ["one", "between", "red", "something", "sea", "government", "man", "development"]
+    path = tmp_path / "tasks.jsonl"
+    longer = [" ".join([word] * 8) for word in [*words, *words]]
+    tasks = [[words[i], *longer[i + 1 : i + 4]] for i in range(8)]
+    tasks = [{"ctx": "A", "endings": endings, "label": 0} for endings in tasks]
+    path.write_text("\n".join(map(json.dumps, tasks)), encoding="utf-8")
+    cfg = replace(tiny_run, n_embd=8, vocab_size=50304, max_steps=1, eval_interval=1)
+    _, log = train(replace(cfg, hellaswag_examples=8, hellaswag_path=str(path)))
+    told = f"HellaSwag acc_norm {log['hella'][1]:.4f} "
+    said = capsys.readouterr().out
+    assert log["hella"][1] < 1 and told in said and "| acc 1.0000\n" in said
 
 
 def test_all_of_an_evaluation_is_without_dropout_and_training_goes_on_with_it(
