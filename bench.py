@@ -46,7 +46,7 @@ import hardware
 import hellaswag
 import reading
 import train_gpt2 as gpt
-from common import UserError, alone, command_line, first_rank, run, write_json
+from common import UserError, alone, check_json, command_line, first_rank, run, write_json
 from pretrained import KINDS
 from sample import best_step, by_columns
 
@@ -924,6 +924,7 @@ def main():
     for key, value in asdict(options).items():
         if key in AT_LEAST and not value >= AT_LEAST[key]:
             raise UserError(f"{key}={value} must be {AT_LEAST[key]} or more")
+    check_json(options.json)
     if name not in ON_RANKS:
         alone(f"bench.py {name}")
     with hardware.telling_memory(name, "halve --micro_batch_size or --batch"):

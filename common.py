@@ -190,10 +190,16 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
+def check_json(path):
+    """A UserError where --json, if given, could not be written: before the work, not after it."""
+    if path and Path(path).is_dir():
+        raise UserError(f"--json={path} is a folder: name a file")
+    if path:
+        check_disk(Path(path).parent, 0)
+
+
 def write_json(path, content):
     """Write a command's figures, and say where."""
-    if Path(path).is_dir():
-        raise UserError(f"--json={path} is a folder: name a file")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -25,7 +25,7 @@ import torch
 from torch.nn import functional as F
 
 import hardware
-from common import UserError, command_line, replacing, run, write_json
+from common import UserError, check_json, command_line, replacing, run, write_json
 from fineweb import tokenizer
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -289,6 +289,7 @@ def main():
 
     if options.examples < 0:
         raise UserError(f"--examples={options.examples} is not possible: 0 scores all tasks")
+    check_json(options.json)
     telling = hardware.telling_memory("hellaswag.py", "take --device=cpu, or --dtype=bfloat16")
     with telling, contextlib.closing(Runtime(options.device, options.dtype)) as runtime:
         path = runtime.agree(lambda: find(options.data))  # one rank downloads

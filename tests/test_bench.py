@@ -39,6 +39,13 @@ def figures(monkeypatch, tmp_path):
     return run
 
 
+def test_json_that_cannot_be_written_is_refused_before_anything_is_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "open_model", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(sys, "argv", ["bench.py", "sample", f"--json={tmp_path}"])
+    with pytest.raises(UserError, match="is a folder: name a file"):
+        bench.main()
+
+
 def flags(cfg):
     return flags_of(asdict(cfg))
 

@@ -112,9 +112,15 @@ def test_what_a_resumed_run_had_logged_beyond_counts_no_more(tmp_path):
     assert common.read_log(path) == {"val": {0: 11, 3: 9}, "train": {0: 11, 3: 8}}
 
 
-def test_json_of_a_folder_is_refused(tmp_path):
+def test_json_that_cannot_be_written_is_refused(tmp_path):
+    common.check_json("")
+    common.check_json(tmp_path / "new" / "x.json")
     with pytest.raises(common.UserError, match=r"--json=.* is a folder: name a file"):
-        common.write_json(tmp_path, {})
+        common.check_json(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(common.UserError, match="file is no folder"):
+        common.check_json(tmp_path / "file" / "x.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_command_to_copy_names_files_from_where_it_is_copied(monkeypatch, tmp_path):

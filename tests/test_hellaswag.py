@@ -389,6 +389,12 @@ def test_as_many_tasks_are_scored_as_asked_for(command, tasks, tmp_path, capsys,
     assert capsys.readouterr().out.startswith(f"HellaSwag, {n} tasks in ")
 
 
+def test_json_that_cannot_be_written_is_refused_before_hours_of_scoring(command, monkeypatch):
+    monkeypatch.setattr(hellaswag, "score", lambda *_: pytest.fail("scored"))
+    with pytest.raises(UserError, match="is a folder: name a file"):
+        command(f"--json={OWN.parent}")
+
+
 def test_lack_of_memory_is_one_line_that_says_what_helps(command, monkeypatch):
     def short(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
