@@ -41,7 +41,9 @@ def choose_run_name(cfg, default):
     """run_name, or the first free of default, default-2, ... (with resume: the last taken)."""
 
     def taken(name):
-        return (Path(cfg.log_dir) / name / "log.txt").exists()
+        folder = Path(cfg.log_dir) / name
+        # without its log.txt, too: resuming would go on from what another run had left
+        return (folder / "log.txt").exists() or bool(checkpoints(folder))
 
     if not cfg.run_name and may_restart():
         raise UserError("--max-restarts needs a --run_name, by which a restart finds its run")

@@ -871,6 +871,17 @@ def test_explicit_name_that_is_taken_is_refused(command):
     assert Path("log/mine/step_000003.pt").exists()
 
 
+def test_checkpoints_without_their_log_are_a_run_too(command):
+    command("--run_name=mine")
+    Path("log/mine/log.txt").unlink()
+    before = contents("log")
+    with pytest.raises(UserError, match="mine/ holds a run"):
+        command("--run_name=mine", "--max_steps=1")
+    assert contents("log") == before
+    command("--run_name=mine", "--resume=True", "--max_steps=3")
+    assert Path("log/mine/step_000003.pt").exists()
+
+
 def test_config_of_a_run_folder_starts_another_run_or_resumes_it(command, capsys):
     command()
     command("log/tiny/config.toml", "--run_name=again")
