@@ -73,10 +73,16 @@ def open_log(folder, cfg):
     file.write("\n" if torn else "")  # a kill may have left half a line
     for temporary in folder.glob(".*.tmp"):
         temporary.unlink()  # left by a kill in the middle of a checkpoint
-    if may_restart():
-        (folder / RESTARTS).write_text(os.environ["TORCHELASTIC_RUN_ID"])
-    with replacing(folder / "config.toml") as temporary:
-        temporary.write_text(to_toml(cfg), encoding="utf-8")
+    try:
+        if may_restart():
+            (folder / RESTARTS).write_text(os.environ["TORCHELASTIC_RUN_ID"])
+        with replacing(folder / "config.toml") as temporary:
+            temporary.write_text(to_toml(cfg), encoding="utf-8")
+    except OSError:
+        file.close()
+        if not path.stat().st_size:  # else the same command, tried again, would find a run here
+            path.unlink()
+        raise
     return file
 
 

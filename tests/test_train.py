@@ -882,6 +882,18 @@ def test_checkpoints_without_their_log_are_a_run_too(command):
     assert Path("log/mine/step_000003.pt").exists()
 
 
+def test_run_that_finds_no_room_for_its_config_may_be_tried_again(command, monkeypatch):
+    def full(path):
+        raise OSError(errno.ENOSPC, "no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "replacing", full)
+        with pytest.raises(OSError, match="no space"):
+            command("--run_name=mine")
+    command("--run_name=mine")
+    assert Path("log/mine/step_000002.pt").exists()
+
+
 def test_config_of_a_run_folder_starts_another_run_or_resumes_it(command, capsys):
     command()
     command("log/tiny/config.toml", "--run_name=again")
