@@ -754,7 +754,7 @@ class Loader:
         self.n = (len(shards) - 1) // self.T
         self.layout = [len(shards), G]  # with the seed they decide the batches
         if self.n < 1:
-            raise UserError(f"{cfg.data_dir}/ has {len(shards)} tokens: too few for one block_size")
+            raise UserError(f"block_size={self.T}, but {cfg.data_dir}/ has {len(shards)} tokens")
 
     def steps_per_epoch(self):
         return math.ceil(self.n / self.G)

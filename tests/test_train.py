@@ -919,7 +919,7 @@ def test_resume_takes_the_last_of_the_default_names(tiny_run):
         (dict(micro_batch_size=3), "total_batch_size=128 is not a multiple"),
         (dict(total_batch_size=100, micro_batch_size=2), r"world=2\*16\*1=32; try 96"),
         (dict(data_dir="nowhere"), "no train shards in nowhere/"),
-        (dict(block_size=4096, total_batch_size=16384), "has 2077 tokens"),
+        (dict(block_size=4096, total_batch_size=16384), "block_size=4096, but .* has 2077 tokens"),
         (dict(init_from="nowhere.pt"), r"nowhere\.pt .*No such file"),
     ],
 )
