@@ -190,9 +190,11 @@ def introduce(state, loader, micro_steps, max_steps, runtime):
 
 def diverged(folder, step, skipped, unsaved):
     """The UserError of a run that is given up at `step`, after so many steps were skipped."""
-    where, older = f"{folder}/\n       holds step {step}, from before them", ""
+    where = f"{folder}/\n       holds step {step}, from before them"
+    older = " (should that fail, too, begin a new run)"  # its weights may be past saving
     if unsaved:
         where = f"Step {step}, from\n       before them, could not be saved"
+        older = ""
     elif len(checkpoints(folder)) > 1:
         older = " (should that fail, too, delete that step's file to go on from an older one)"
     return UserError(

@@ -894,6 +894,17 @@ def test_run_that_finds_no_room_for_its_config_may_be_tried_again(command, monke
     assert Path("log/mine/step_000002.pt").exists()
 
 
+def test_run_that_diverged_is_told_what_is_left_to_try(tmp_path):
+    (tmp_path / "step_000001.pt").touch()
+    told = str(runs.diverged(tmp_path, 1, 10, unsaved=""))
+    assert "holds step 1" in told and "begin a new run" in told  # nothing older to go on from
+    (tmp_path / "step_000009.pt").touch()
+    told = str(runs.diverged(tmp_path, 9, 10, unsaved=""))
+    assert "holds step 9" in told and "go on from an older one" in told
+    told = str(runs.diverged(tmp_path, 12, 10, unsaved="step_000012.pt"))
+    assert "could not be saved" in told and "begin" not in told
+
+
 def test_config_of_a_run_folder_starts_another_run_or_resumes_it(command, capsys):
     command()
     command("log/tiny/config.toml", "--run_name=again")
