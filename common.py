@@ -29,7 +29,7 @@ RETRIES = (0.02, 0.1, 0.5) if os.name == "nt" else ()
 DISK = [getattr(errno, name, 0) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS")]
 BAD_NAMES = [errno.ENAMETOOLONG, errno.ELOOP]
 PROJECT = Path(__file__).parent
-TEXTS = ("--prompt", "--text", "--sample_prompt")
+TEXTS = ("--prompt", "--text", "--sample_prompt")  # in which ~ is a character like any other
 
 
 def first_rank():

@@ -16,7 +16,7 @@ import torch
 
 from common import UserError, check_disk
 
-PACKAGES = ("torch", "numpy", "tiktoken", "gigatoken", "pyarrow")  # whose versions decide
+PACKAGES = ("torch", "numpy", "tiktoken", "gigatoken", "pyarrow")  # their versions change results
 
 
 def find_device(name, say):

@@ -30,7 +30,10 @@ def restarted(folder):
 
 
 def forget_restarts(folder):
-    """Before a run is refused: then what torchrun starts again is, too, if nobody trains here."""
+    """Delete the mark by which a restart finds its run, unless a process is training here.
+
+    Else torchrun, which starts again what was refused, would have that resume the run.
+    """
     if may_restart():
         with contextlib.suppress(OSError), open(folder / "log.txt", "rb+") as log:
             if lock(log):
@@ -99,7 +102,7 @@ def checkpoints(folder):
 
 
 def prune(folder, newest, keep):
-    """Delete what is older than the `keep` newest checkpoints; a later step's is a torn one."""
+    """Delete all up to `newest` but the last `keep`; a later step's is torn: resuming passed it."""
     paths = checkpoints(folder)
     for old in paths[: max(0, paths.index(folder / newest) + 1 - keep)]:
         with contextlib.suppress(OSError):  # in use, on Windows: the next time, then
@@ -111,8 +114,8 @@ def stop_on_signal(save, in_step):
     """Yield a function: has SIGINT or SIGTERM come?
 
     If no step is under way, the first one saves: an evaluation may take more than the 30 s that
-    torchrun waits before it kills. Another one ends the program, unless it came within 2 s, as
-    torchrun passes on what came to all. Output that nobody reads any more, an error, saves too.
+    torchrun waits before it kills. A second one ends the program, unless it comes within 2 s:
+    torchrun passes on what came to all. An error because nobody reads the output saves, too.
     """
     asked = []  # when: a list, as a lock might be what another signal interrupts
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

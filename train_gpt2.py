@@ -1003,7 +1003,7 @@ def largest_micro_batch(cfg, runtime):
     if cfg.grad_accum_steps:
         return most
     if cfg.total_batch_size % tokens:
-        batch_layout(cfg, runtime.world, min(most, 16))  # raises: one sequence a rank is no part
+        batch_layout(cfg, runtime.world, min(most, 16))  # raises: not even B=1 divides it
     return math.gcd(most, cfg.total_batch_size // tokens)
 
 
