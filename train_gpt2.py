@@ -887,6 +887,8 @@ def resume(folder, state, runtime):
         # empty where the run so far had no float16
         state.scaler.load_state_dict(saved["scaler"] or state.scaler.state_dict())
         state.step, state.best, state.layout = saved["step"], saved["best"], saved.get("layout")
+        if differ.keys() & {"data_dir", "eval_tokens"}:
+            state.best = math.inf  # a loss on other tokens
         runtime.print(f"continuing {path}: step {state.step}")
         if changed := [differ[key] for key in differ if key not in ("check", "resume", "run_name")]:
             runtime.print(f"changed: {'; '.join(changed)}")

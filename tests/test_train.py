@@ -786,6 +786,25 @@ def test_resume_with_other_batches_says_so(tiny_run, train, write_shards, tmp_pa
     assert f"the batches change from here on: {was} before, {now} now" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("eval_tokens", "best"), [(512, 0.1), (256, 6.0)], ids=["same", "other"])
+def test_best_is_of_the_tokens_that_are_evaluated(tiny_run, train, eval_tokens, best):
+    cfg = replace(tiny_run, max_steps=2, eval_interval=2)
+    folder, _ = train(cfg)
+    newest = load(folder / "step_000002.pt")
+    torch.save(newest | {"best": 0.1}, folder / "step_000002.pt")  # as of tokens easy to predict
+    train(replace(cfg, max_steps=4, resume=True, eval_tokens=eval_tokens))
+    assert load(folder / "step_000004.pt")["best"] == pytest.approx(best, abs=0.5)
+
+
+def test_a_resume_on_other_data_has_a_best_of_its_own(tiny_run, train, write_shards, tmp_path):
+    easy = write_shards(tmp_path / "easy", np.arange(2000) % 32)
+    cfg = replace(tiny_run, max_steps=30, eval_interval=30)
+    folder, learned = train(replace(cfg, data_dir=easy))
+    _, log = train(replace(cfg, max_steps=31, resume=True))
+    assert log["val"][31] > learned["val"][30]
+    assert load(folder / "best.pt")["step"] == 31
+
+
 def test_resume_with_another_architecture_names_what_differs(tiny_run, train):
     train(tiny_run)
     with pytest.raises(UserError, match=r"n_embd=32, now 64.*mlp=gelu, now swiglu"):
