@@ -91,7 +91,7 @@ def by_columns(model, dtype):
 
 
 def one_row(model, idx, *where):
-    """`next_logits` on a CPU: torch multiplies one row in bfloat16 twice as fast as oneDNN does."""
+    """`next_logits`; on a CPU torch multiplies one row in bfloat16 twice as fast as oneDNN does."""
     mkldnn = torch.backends.mkldnn  # oneDNN by its former name
     was = mkldnn.enabled
     mkldnn.enabled = was and idx.numel() > 1
@@ -131,10 +131,8 @@ class GraphedStep:
 
 
 def best_step(device, step=next_logits):
-    """A `step` for one call of generate(): a graph holds that call's cache."""
-    if device.type == "cuda":
-        return GraphedStep(step)
-    return one_row if device.type == "cpu" else step
+    """The step for one call of generate(): on CUDA a graph of `step`, which holds its cache."""
+    return GraphedStep(step) if device.type == "cuda" else one_row
 
 
 def stream(model, prompt, how, max_new_tokens, seed):
