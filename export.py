@@ -101,6 +101,8 @@ def configs(cfg, model_type):
 def run_rows(name):
     """What a checkpoint, and log.txt beside it, tell of the run: rows of the model card."""
     cfg, checkpoint = read_checkpoint(name)
+    if not checkpoint.keys() >= {"step", "best"}:
+        return {}  # someone kept weights and config alone
     steps, best = checkpoint["step"], checkpoint["best"]
     log = read_log(Path(name).with_name("log.txt"))
 

@@ -249,10 +249,15 @@ def attention_kernel(cfg, runtime):
     return f"{kernel.removesuffix('_ATTENTION').lower()} attention"
 
 
+def checkpoint_bytes(model):
+    """What a checkpoint of a model takes: its weights, and AdamW's two moments of each."""
+    return 3 * sum(p.nbytes for p in model.parameters())
+
+
 def describe(model, folder, runtime):
     """Say what else decides how a run goes: versions, and room on the disk."""
     cfg, found = model.cfg, [f"{package} {number}" for package, number in versions().items()]
     runtime.print(f"with   Python {platform.python_version()}, {', '.join(found)}")
-    size = 3 * sum(p.nbytes for p in model.parameters()) * (cfg.keep_checkpoints + 1)
+    size = checkpoint_bytes(model) * (cfg.keep_checkpoints + 1)
     check_disk(folder, size)
     runtime.print(f"disk   has room for {size / 2**30:.1f} GiB of checkpoints\nready to train")

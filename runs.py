@@ -12,7 +12,18 @@ from pathlib import Path
 import torch
 
 import hardware
-from common import PROJECT, UserError, command, first_rank, lock, read_log, replacing, say, to_toml
+from common import (
+    PROJECT,
+    UserError,
+    check_disk,
+    command,
+    first_rank,
+    lock,
+    read_log,
+    replacing,
+    say,
+    to_toml,
+)
 from fineweb import END_OF_TEXT
 
 RESTARTS = "torchrun.txt"  # in a run's folder: the torchrun that may restart it
@@ -166,7 +177,7 @@ def telling_obstacles(cfg, runtime):
 
 
 def introduce(state, loader, micro_steps, max_steps, runtime):
-    """Say on what, with what and how long the run trains; refuse a max_steps that was passed."""
+    """Say on what, with what and how long the run trains; refuse what could only lose its work."""
     model, world, tokens = state.model, runtime.world, loader.G * loader.T
     cfg = model.cfg
     if state.layout not in (None, loader.layout):
@@ -175,6 +186,8 @@ def introduce(state, loader, micro_steps, max_steps, runtime):
         runtime.print(f"the batches change from here on: {was} before, {now} now")
     if state.step > max_steps and cfg.max_steps:  # config.toml would tell of a run that never was
         raise UserError(f"max_steps={max_steps} was passed: the run is at step {state.step}")
+    one = hardware.checkpoint_bytes(model)  # told now, not when the first is due
+    runtime.agree(lambda: check_disk(Path(cfg.log_dir) / cfg.run_name, one))
     if state.step >= max_steps:
         runtime.print(f"step {state.step} is done: for more set --max_steps above {state.step}")
     name = torch.cuda.get_device_name() if runtime.device.type == "cuda" else runtime.device

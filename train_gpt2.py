@@ -517,7 +517,7 @@ class GPT(nn.Module):
         model = cls(cfg)
         try:
             model.load_state_dict(saved["model"])
-        except (KeyError, RuntimeError) as error:  # saved before this file was edited, or foreign
+        except RuntimeError as error:  # saved before this file was edited, or foreign
             raise UserError(f"{path} does not fit ({pretrained.in_short(error)})") from None
         return model.eval()
 
@@ -843,10 +843,11 @@ class TrainState:
 
 def read_checkpoint(path, whole=False):
     """(Config, the dict on the CPU); weights_only runs no code. `whole`: fit to resume from."""
+    needs = {"config", "model"} | ({"optimizer", "scaler", "step", "best"} if whole else set())
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if whole and not saved.keys() >= {"model", "optimizer", "scaler", "step", "best"}:
-            raise ValueError("not all that resuming needs is in it")
+        if lacks := needs - saved.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(lacks))}")
         return Config(**saved["config"]), saved
     except Exception as error:  # torn and foreign files meet torch's unpickler in many ways
         reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -970,9 +971,9 @@ class RunLog:
             return False
         content = {"model": state.model.state_dict(), "config": asdict(state.model.cfg)}
         content |= {"step": state.step, "best": state.best} | more
-        weights = sum(p.nbytes for p in state.model.parameters())
+        size = hardware.checkpoint_bytes(state.model)
         try:
-            check_disk(self.folder, weights * (3 if more else 1))  # AdamW has two moments
+            check_disk(self.folder, size if more else size // 3)  # best.pt has no moments
             with replacing(self.folder / name) as temporary, open(temporary, "wb") as file:
                 torch.save(content, file)
         except (UserError, OSError, RuntimeError) as error:

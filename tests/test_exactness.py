@@ -26,6 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fineweb
+import hardware
 import runs
 import train_gpt2
 from common import UserError, run
@@ -545,8 +546,19 @@ def test_disk_that_fills_up_amid_a_checkpoint_leaves_the_one_before(
     assert newest(folder)["step"] == 2
 
 
+def test_run_without_room_for_a_checkpoint_is_refused_before_its_first_step(
+    tiny_run, train, monkeypatch
+):
+    one = hardware.checkpoint_bytes(GPT(tiny_run))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=one - 1))
+    with pytest.raises(UserError, match=r"run needs .* more, .* are free: free some"):
+        train(tiny_run)
+    assert not Path(tiny_run.log_dir).exists()
+
+
 def test_stop_whose_checkpoint_finds_no_room_says_what_is_lost(tiny_run, train, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    free = iter([hardware.checkpoint_bytes(GPT(tiny_run)), 1000])  # at the start, and at the stop
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=next(free)))
     monkeypatch.setattr(runs, "stop_on_signal", lambda *_: contextlib.nullcontext(lambda: True))
     with pytest.raises(UserError, match=r"step_000001\.pt could not .* finds nothing to go on"):
         train(tiny_run)

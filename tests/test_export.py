@@ -664,8 +664,14 @@ def test_model_card_claims_nothing_that_is_not_known(shared_folder, checkpoint, 
     assert "parameters" in card
     assert "validation loss" not in card and "HellaSwag" not in card
     assert "learning_rate" not in card
-    export.export(checkpoint(), tmp_path / "unknown_batch")
+    path = checkpoint()
+    export.export(path, tmp_path / "unknown_batch")
     assert "training tokens" not in (tmp_path / "unknown_batch/README.md").read_text("utf-8")
+    content = torch.load(path)
+    torch.save({key: content[key] for key in ("model", "config")}, path)
+    export.export(path, tmp_path / "weights_alone")
+    card = (tmp_path / "weights_alone/README.md").read_text("utf-8")
+    assert "optimizer steps" not in card and "learning_rate" in card
 
 
 # ---------------------------------------------------------------- refusals
