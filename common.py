@@ -107,7 +107,10 @@ def check_types(options):
     for field in fields(options):
         kind, value = get_origin(field.type) or field.type, getattr(options, field.name)
         if kind is Literal:
-            right, expected = value in get_args(field.type), " or ".join(get_args(field.type))
+            right = value in get_args(field.type)
+            expected = " or ".join(map(str, get_args(field.type)))
+        elif kind not in (int, float, bool, str):  # TOML and the command line would differ
+            right, expected = False, "a field of type int, float, bool, str or Literal"
         else:
             right = isinstance(value, (int, float) if kind is float else kind)
             right = right and (kind is bool or not isinstance(value, bool))  # which is an int, too

@@ -32,7 +32,9 @@ from common import (
 )
 from fineweb import END_OF_TEXT, TABLE
 from pretrained import KINDS, has_other_tokens, on_hub
-from train_gpt2 import VOCABULARY, load_model, read_checkpoint
+from train_gpt2 import ARCHITECTURE, VOCABULARY, load_model, read_checkpoint
+
+EITHER_WAY = ("bias", "qkv_bias", "rope_theta")  # absent ones are zeros; or the kind decides
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,9 @@ def find_kind(cfg):
     """The model_type that computes the same; else a UserError with what the nearer one lacks."""
     wrong = {}
     for model_type, kind in KINDS.items():
-        wrong[model_type] = differing(cfg, kind.toggles)
+        known = {*kind.sizes, *kind.toggles, *EITHER_WAY}
+        new = {key: getattr(type(cfg), key) for key in ARCHITECTURE if key not in known}
+        wrong[model_type] = differing(cfg, kind.toggles | new)
         if cfg.vocab_size < VOCABULARY:
             wrong[model_type].append(f"vocab_size={cfg.vocab_size}")
     nearest = min(wrong, key=lambda model_type: len(wrong[model_type]))

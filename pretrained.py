@@ -252,6 +252,8 @@ def files(name):
         if "config.toml" in there and (saved := [file for file in there if file.endswith(".pt")]):
             raise UserError(f"{name} is a run's folder: name a checkpoint, {Path(name, saved[0])}")
         return find_files(there.get)
+    if str(name).endswith(".pt"):
+        raise UserError(f"{name} is a checkpoint, not a Hugging Face folder: see load_model")
     if not on_hub(name):
         known = "none of gpt2[-medium|-large|-xl], and no owner/name of the hub"
         raise UserError(f"{name or 'an empty name'} is not a .pt file, not a folder, {known}")

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -74,6 +75,8 @@ def choose_run_name(cfg, default):
 
 def open_log(folder, cfg):
     """log.txt, opened to append, of a folder that is this process's from now on; config.toml."""
+    if not cfg.run_name:
+        raise UserError("run_name is empty: name the run, whose folder will be below log_dir")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "log.txt"
     torn = path.exists() and not path.read_bytes().endswith(b"\n")
@@ -81,7 +84,9 @@ def open_log(folder, cfg):
     try:
         file = open(path, mode, buffering=1, encoding="utf-8", newline="\n")  # noqa: SIM115
     except FileExistsError:
-        raise UserError(f"{folder}/ was taken by another run just now: start again") from None
+        raise UserError(
+            f"{folder}/ holds a run by now: start again, or take another run_name"
+        ) from None
     if not lock(file):
         raise UserError(f"{folder}/ is being trained by another process: let that one end first")
     file.write("\n" if torn else "")  # a kill may have left half a line
@@ -128,6 +133,9 @@ def stop_on_signal(save, in_step):
     torchrun waits before it kills. A second one ends the program, unless it comes within 2 s:
     torchrun passes on what came to all. An error because nobody reads the output saves, too.
     """
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield lambda: False
+        return
     asked = []  # when: a list, as a lock might be what another signal interrupts
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 

@@ -129,26 +129,36 @@ class TensorBoard:
 
 # ---------------------------------------------------------------- what moves in the model
 
-KINDS = {"embedding": (".wte.", ".wpe.", "lm_head."), "attention": (".attn.",), "mlp": (".mlp.",)}
+KINDS = {  # kind of layer: what is in its parameters' names
+    "embedding": (".wte.", ".wpe.", "lm_head."),
+    "attention": (".attn.",),
+    "mlp": (".mlp.",),
+    "norm": (".ln_",),
+}
 
 
 class Norms:
     """Norms of gradients, and of a step's change beside the weights', by kind of layer.
 
     After a step `values` holds norm_embedding, update_embedding and so on, for attention, mlp and
-    norm too. Gradients are those before clipping; updates are usually about 1e-3 of the weights.
+    norm too, and for `other` where an edit has added a new kind. Gradients are those before
+    clipping; updates are usually about 1e-3 of the weights.
     """
 
     def __init__(self, model):
-        self.groups, self.values = {kind: [] for kind in (*KINDS, "norm")}, {}
+        self.groups, self.values = {kind: [] for kind in (*KINDS, "other")}, {}
         for name, p in model.named_parameters():
             kinds = [kind for kind, parts in KINDS.items() if any(part in name for part in parts)]
             if p.requires_grad:
-                self.groups[kinds[0] if kinds else "norm"].append(p)
+                self.groups[kinds[0] if kinds else "other"].append(p)
         self.groups = {kind: group for kind, group in self.groups.items() if group}
 
     def before(self):
-        self.gradients = [norm(p.grad for p in group) for group in self.groups.values()]
+        zero = next(iter(self.groups.values()))[0].new_zeros(())  # of what a step left out
+        self.gradients = [
+            norm(zero if p.grad is None else p.grad for p in group)
+            for group in self.groups.values()
+        ]
         self.old = [[p.detach().clone() for p in group] for group in self.groups.values()]
 
     def after(self):

@@ -30,7 +30,7 @@ GPT2_HELLASWAG = 0.2955  # acc_norm of the same model (build-nanogpt)
 GPT3_HELLASWAG = 0.337  # of GPT-3 Small (125M), in its paper
 GPT2_LINE = {"color": "0.3", "linestyle": "--", "linewidth": 1}
 GPT3_LINE = {"color": "0.3", "linestyle": ":", "linewidth": 1.3}
-GROUPS = dict(zip(("embedding", "attention", "mlp", "norm"), COLORS, strict=False))
+GROUPS = dict(zip(("embedding", "attention", "mlp", "norm", "other"), COLORS, strict=False))
 WHOLE = "#000000"
 NORM_RUNS = 4  # rows of the second picture at most
 WATCH = 10  # seconds from one look at the logs to the next
@@ -152,9 +152,11 @@ def draw_norms(runs, out):
 
     shown, in_tokens = runs[:NORM_RUNS], all(run.batch for run in runs)
     names = {"norm": "gradient norm, before clipping", "update": "norm of update / of weights"}
+    there = {stream for run in shown for stream in run.streams}
+    groups = {group: color for group, color in GROUPS.items() if f"norm_{group}" in there}
     with picture(out, len(shown), 2, (10, 0.8 + 3.4 * len(shown))) as (fig, axes):
         for i, kind in enumerate(names):
-            lines = {f"{kind}_{group}": color for group, color in GROUPS.items()}
+            lines = {f"{kind}_{group}": color for group, color in groups.items()}
             if kind == "norm":
                 lines["norm"] = WHOLE  # the one stream that a run has without log_norms, too
             for run, ax in zip(shown, axes[:, i], strict=True):
@@ -163,7 +165,7 @@ def draw_norms(runs, out):
             axes[0, i].set_ylim(*norm_range(shown, lines))
         for ax in axes[:-1].flat:
             ax.set_xlabel("")  # the lowest row's is theirs too
-        key = [Line2D([], [], color=c, label=f"{group} weights") for group, c in GROUPS.items()]
+        key = [Line2D([], [], color=c, label=f"{group} weights") for group, c in groups.items()]
         key.append(Line2D([], [], color=WHOLE, label="whole gradient"))
         title = f"the first {len(shown)} of {len(runs)} runs" if len(shown) < len(runs) else None
         where = {"loc": "outside lower center", "frameon": False, "fontsize": 9}

@@ -2,8 +2,9 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields, make_dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -163,6 +164,21 @@ def test_value_of_another_type_is_refused_in_code_and_as_an_edited_default(key, 
     done = subprocess.run([sys.executable, "-c", code], **how)
     assert done.returncode == 2 and re.search(told, done.stderr)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "kind, value, expected",
+    [
+        (tuple, (0.9, 0.95), "a field of type int, float, bool, str or Literal"),
+        (int | None, None, "a field of type int, float, bool, str or Literal"),
+        (Literal[1, 2], 3, "1 or 2"),
+    ],
+)
+def test_new_field_that_no_toml_file_could_hold_is_refused_at_once(kind, value, expected):
+    """Else the run would train, and its config.toml could not be read."""
+    edited = make_dataclass("Edited", [("new", kind, value)], bases=(Config,), frozen=True)
+    with pytest.raises(UserError, match=rf"^new=.* must be {expected}$"):
+        edited()
 
 
 def test_config_that_stands_in_the_wrong_place_or_is_a_folder_is_told(toml, tmp_path):

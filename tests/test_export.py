@@ -5,7 +5,7 @@ import re
 import shutil
 import sys
 from collections import namedtuple
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, make_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -712,6 +712,14 @@ def test_all_toggles_in_the_way_are_named_at_once(checkpoint, tmp_path, settings
 def test_no_key_of_the_architecture_is_overlooked(name, irrelevant):
     kind = KINDS[name]
     assert {*kind.sizes, *kind.toggles, *irrelevant} == set(ARCHITECTURE)
+
+
+def test_setting_that_an_edit_added_is_in_the_way_unless_it_is_off(monkeypatch):
+    edited = make_dataclass("Edited", [("parallel", bool, False)], bases=(Config,), frozen=True)
+    monkeypatch.setattr(export, "ARCHITECTURE", [*ARCHITECTURE, "parallel"])
+    assert export.find_kind(edited()) == "gpt2"
+    with pytest.raises(UserError, match="GPT2LMHeadModel, has no parallel=True"):
+        export.find_kind(edited(parallel=True))
 
 
 def test_a_folder_with_anything_in_it_stays_as_it_is(checkpoint, tmp_path):

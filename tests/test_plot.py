@@ -21,13 +21,13 @@ def read(tmp_path, text):
     return {s: [x.tolist() for x in pair] for s, pair in plot.read_streams(path).items()}
 
 
-def write_run(folder, steps=40, hella=False, norms=False, config="n_layer = 4\n", batch="4096"):
+def write_run(folder, steps=40, hella=False, norms=0, config="n_layer = 4\n", batch="4096"):
     folder.mkdir(parents=True)
     lines = [f"0 batch {batch}"] if batch else []
     lines += [f"{step} train {11 / (1 + step) + 3!r}" for step in range(steps)]
     lines += [f"{step} val {11 / (1 + step) + 3.1!r}" for step in range(0, steps + 1, 10)]
     lines += [f"{step} hella 0.26" for step in range(10, steps + 1, 10) if hella]
-    for i, group in enumerate(("embedding", "attention", "mlp", "norm") if norms else ()):
+    for i, group in enumerate(list(plot.GROUPS)[:norms]):
         lines += [f"{step} norm_{group} {(1 + i) / (1 + step)!r}" for step in range(steps)]
         lines += [f"{step} update_{group} {1e-4 * (1 + i)!r}" for step in range(steps)]
     lines += [f"{step} norm {6 / (1 + step)!r}" for step in range(steps)]
@@ -150,7 +150,7 @@ def test_values_of_other_kinds_in_a_config_count_for_nothing(tmp_path):
 
 
 def test_name_that_looks_like_a_formula_is_drawn_as_text(tmp_path, figures):
-    run = plot.read_run(write_run(tmp_path / r"a$\bad$", norms=True))
+    run = plot.read_run(write_run(tmp_path / r"a$\bad$", norms=4))
     plot.draw([run], tmp_path / "x.png")
     assert set(figures) == {"x.png", "x_norms.png"}
 
@@ -264,7 +264,7 @@ def test_more_runs_than_colours_are_told_apart_and_a_lone_loss_is_seen(tmp_path,
 
 def test_norms_get_a_picture_of_their_own_where_a_run_has_them(tmp_path, figures):
     plain = plot.read_run(write_run(tmp_path / "plain"))
-    full = plot.read_run(write_run(tmp_path / "full", norms=True))
+    full = plot.read_run(write_run(tmp_path / "full", norms=4))
     assert plot.draw([plain], tmp_path / "a.png") == f"wrote {tmp_path / 'a.png'}"
     said = plot.draw([plain, full], tmp_path / "b.png")
     assert said == f"wrote {tmp_path / 'b.png'} and {tmp_path / 'b_norms.png'}"
@@ -272,8 +272,9 @@ def test_norms_get_a_picture_of_their_own_where_a_run_has_them(tmp_path, figures
     assert size_of_png(tmp_path / "b_norms.png")[0] == 1500
 
 
-def test_norms_are_drawn_as_logged_and_in_the_colours_of_the_legend(tmp_path, figures):
-    run = plot.read_run(write_run(tmp_path / "a", norms=True))
+@pytest.mark.parametrize("kinds", [4, 5], ids=["usual", "and-other"])
+def test_norms_are_drawn_as_logged_and_in_the_colours_of_the_legend(tmp_path, figures, kinds):
+    run = plot.read_run(write_run(tmp_path / "a", norms=kinds))
     plot.draw([run], tmp_path / "a.png")
     left, right = figures["a_norms.png"].axes
     color_of = {
@@ -281,11 +282,11 @@ def test_norms_are_drawn_as_logged_and_in_the_colours_of_the_legend(tmp_path, fi
         for legend in figures["a_norms.png"].legends
         for text, line in zip(legend.get_texts(), legend.get_lines(), strict=True)
     }
-    assert len(set(color_of.values())) == 5
+    assert len(set(color_of.values())) == kinds + 1
     for ax, kind in ((left, "norm"), (right, "update")):
         assert ax.get_yscale() == "log" and ax.get_xlabel() == "training tokens"
         drawn = {line.get_color(): line.get_data() for line in ax.lines}
-        streams = {f"{group} weights": f"{kind}_{group}" for group in plot.GROUPS}
+        streams = {f"{group} weights": f"{kind}_{group}" for group in list(plot.GROUPS)[:kinds]}
         if kind == "norm":
             streams["whole gradient"] = "norm"
         assert len(drawn) == len(streams)
@@ -297,7 +298,7 @@ def test_norms_are_drawn_as_logged_and_in_the_colours_of_the_legend(tmp_path, fi
 
 
 def test_norms_of_at_most_four_runs_are_drawn_and_the_picture_says_so(tmp_path, figures):
-    runs = [plot.read_run(write_run(tmp_path / f"run{i}", norms=True)) for i in range(5)]
+    runs = [plot.read_run(write_run(tmp_path / f"run{i}", norms=4)) for i in range(5)]
     plot.draw(runs, tmp_path / "all.png")
     fig = figures["all_norms.png"]
     assert [ax.get_title() for ax in fig.axes[::2]] == ["run0", "run1", "run2", "run3"]
@@ -305,7 +306,7 @@ def test_norms_of_at_most_four_runs_are_drawn_and_the_picture_says_so(tmp_path, 
 
 
 def test_norms_that_are_not_above_zero_or_not_finite_are_gaps(tmp_path, figures):
-    folder = Path(write_run(tmp_path / "a", norms=True))
+    folder = Path(write_run(tmp_path / "a", norms=4))
     with open(folder / "log.txt", "a", encoding="utf-8") as log:
         log.write("3 norm_mlp inf\n4 norm_mlp nan\n5 norm_mlp 0.0\n")
         log.writelines(f"{step} update_norm 0.0\n" for step in range(40))
@@ -377,7 +378,7 @@ def test_watching_a_folder_that_holds_no_run_is_a_mistake(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGINT for one process")
 def test_watch_ends_on_ctrl_c(tmp_path):
-    write_run(tmp_path / "a", norms=True)
+    write_run(tmp_path / "a", norms=4)
     command = [sys.executable, str(SCRIPT), "a", "--out=a.png", "--watch"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=tmp_path, **pipes) as process:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -665,6 +666,20 @@ def test_norms_of_the_kinds_of_layers_make_up_the_gradient_norm(tiny_run, train,
     for step, norm in log["norm"].items():
         squares = sum(log[name][step] ** 2 for name in NORMS[:4])
         assert math.sqrt(squares) == pytest.approx(norm, rel=1e-5)
+
+
+def test_norms_count_a_layer_of_a_new_kind_and_weights_that_a_step_left_out(tiny, make_model):
+    model = make_model(tiny).train()
+    model.transformer.router = torch.nn.Linear(8, 8)
+    model.transformer.expert = torch.nn.Linear(8, 8)
+    norms = train_gpt2.trackers.Norms(model)
+    idx = torch.arange(16)[None]
+    (model(idx, idx) + model.transformer.router(torch.ones(8)).sum()).backward()
+    norms.before()
+    norms.after()
+    squares = sum(p.grad.square().sum() for p in model.transformer.router.parameters())
+    assert norms.values["norm_other"] == pytest.approx(math.sqrt(squares), rel=1e-5)
+    assert norms.values.keys() == {*NORMS, "norm_other", "update_other"}
 
 
 def test_looking_at_norms_changes_no_number_of_the_training(tiny_run, train):
@@ -1349,10 +1364,22 @@ def test_architecture_names_fields_of_the_config():
     assert set(ARCHITECTURE) < set(asdict(Config()))
 
 
+def test_train_runs_in_a_thread_which_gets_no_signals(tiny_run, runtime, read_log):
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(train_gpt2.train, tiny_run, runtime).result()
+    assert len(read_log(Path(tiny_run.log_dir) / "run")["train"]) == tiny_run.max_steps
+
+
+def test_run_without_a_name_is_refused_not_strewn_over_log_dir(tiny_run, runtime):
+    with pytest.raises(UserError, match="run_name is empty"):
+        train_gpt2.train(replace(tiny_run, run_name=""), runtime)
+    assert not Path(tiny_run.log_dir).exists()
+
+
 def test_two_runs_that_start_at_once_do_not_share_a_folder(tiny_run, train, runtime):
     folder, log = train(tiny_run)  # the other, which took the name after both had looked
     (folder / ".step_000009.pt.1.tmp").touch()  # which it is writing just now
-    with pytest.raises(UserError, match=r"run/ was taken by another run"):
+    with pytest.raises(UserError, match=r"run/ holds a run by now: start again"):
         train_gpt2.train(replace(tiny_run, seed=2), runtime)
     assert "seed = 1337" in (folder / "config.toml").read_text(encoding="utf-8")
     assert (folder / ".step_000009.pt.1.tmp").exists()
