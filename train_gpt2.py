@@ -329,7 +329,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.qkv(x, rope)
         if cache is not None:
             q = q.contiguous()  # torch 2.11 ignores the stride of the batch on MPS
-            k, v = cache.extend(self.layer, k, v)
+            k, v = cache.extend(self.layer, mask.size(-1), k, v)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
         return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, nh, T, hs) -> (B, T, C)
@@ -460,10 +460,12 @@ class GPT(nn.Module):
         """Token ids (B, T) -> the final norm's output (B, T, C).
 
         position (T,) or (B, T): where the tokens stand, by default 0 to T - 1. mask (T, keys) or
-        (B, 1, T, keys): True where a token sees a key, by default the causal one. With a cache, the
-        keys are those it holds, by position.
+        (B, 1, T, keys): True where a token sees a key, by default the causal one. With a cache,
+        position (T,) and mask are given, and the keys are the first that it holds.
         """
         assert position is not None or idx.size(1) <= self.cfg.block_size, "more than block_size"
+        if cache is not None:
+            cache.position = position
         x, rope = self.transformer.wte(idx), None
         at = slice(idx.size(1)) if position is None else position
         if self.cfg.pos_embedding == "learned":
@@ -543,22 +545,20 @@ def load_model(name, device="cpu"):
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, so that each new token costs one position.
-
-    `next_logits` sets `position`, where new tokens go, and `keys`, how many slots are read.
-    """
+    """Keys and values of the tokens seen so far, so that each new token costs one position."""
 
     def __init__(self, size):
-        self.size, self.layers, self.position, self.keys = size, {}, None, 0
+        self.size, self.layers = size, {}
+        self.position = None  # (T,), where new tokens go: GPT.features sets it
 
-    def extend(self, layer, *new):
-        """Put k, v (B, nh, T, hs) at their positions; return the layer's (B, nh, keys, hs)."""
+    def extend(self, layer, keys, *new):
+        """Put k, v (B, nh, T, hs) at `position`; return the layer's first (B, nh, keys, hs)."""
         if layer not in self.layers:
             B, nh, _, hs = new[0].shape
             self.layers[layer] = [x.new_zeros(B, nh, self.size, hs) for x in new]
         for held, x in zip(self.layers[layer], new, strict=True):
             held.index_copy_(2, self.position, x)
-        return [held[:, :, : self.keys] for held in self.layers[layer]]
+        return [held[:, :, :keys] for held in self.layers[layer]]
 
 
 @dataclass(frozen=True)
@@ -608,7 +608,6 @@ def sample_token(logits, seen, how, generator):
 
 def next_logits(model, idx, position, mask, cache):
     """Logits (B, vocab_size) after the last of idx (B, T), which stand at `position` (T,)."""
-    cache.position, cache.keys = position, mask.size(-1)
     return model.text_logits(model.features(idx, position, mask, cache)[:, -1])
 
 

@@ -58,9 +58,8 @@ def test_cached_logits_equal_the_full_forward(tiny, toggles, make_model):
     for first, size in ((1, 16), (7, 20), (16, 16)):  # tokens read at once, before one at a time
         cache, keys = KVCache(size), torch.arange(size)
 
-        def read(a, b, cache=cache, keys=keys, size=size):
+        def read(a, b, cache=cache, keys=keys):
             mask = keys <= keys[a:b, None]
-            cache.position, cache.keys = keys[a:b], size
             return model.logits(model.features(idx[:, a:b], keys[a:b], mask, cache))
 
         parts = [read(0, first), *(read(t, t + 1) for t in range(first, 16))]
