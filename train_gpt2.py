@@ -909,9 +909,9 @@ class RunLog:
 
     def __init__(self, folder, model, runtime, tokens, max_steps, start):
         self.folder, self.model, self.runtime, self.file = folder, model, runtime, None
-        self.tokens, self.max_steps = tokens, max_steps  # of a step; of the run
+        self.tokens, self.start, self.max_steps = tokens, start, max_steps  # tokens of a step
         self.batch = {start: tokens}
-        self.warm, self.trackers, self.unsaved = False, [], ""
+        self.trackers, self.unsaved = [], ""  # a checkpoint's name, if the newest is not saved
         if runtime.rank != 0 or model.cfg.eval_only:
             return
         self.file = runs.open_log(folder, model.cfg)
@@ -940,7 +940,7 @@ class RunLog:
 
     def step(self, step, loss, lr, norm, dt, **more):
         """Each step to log.txt, some to the console; the first compiles and tells no ETA."""
-        tps, runtime, warm, self.warm = self.tokens / dt, self.runtime, self.warm, True
+        tps, runtime = self.tokens / dt, self.runtime
         self.write(step, train=loss, lr=lr, norm=norm, tps=tps, **more)
         left = self.max_steps - step - 1
         if not due(step, self.model.cfg.log_interval, last=left == 0):
@@ -952,7 +952,8 @@ class RunLog:
             line += f" | mfu {self.model.flops_per_token() * tps / runtime.world / peak:.1%}"
         if memory := runtime.peak_memory():
             line += f" | {memory / 2**30:.1f} GiB"
-        runtime.print(f"{line} | eta {timedelta(seconds=round(left * dt)) if warm else '...'}")
+        eta = timedelta(seconds=round(left * dt)) if step > self.start else "..."
+        runtime.print(f"{line} | eta {eta}")
 
     def save(self, state, prune=True):
         """Write step_{step}.pt, all that resuming needs; keep the newest keep_checkpoints."""
