@@ -872,30 +872,30 @@ def resume(folder, state, runtime):
     for path in reversed(paths):
         try:
             old, saved = read_checkpoint(path, whole=True)
+            break
         except UserError as error:
             runtime.print(f"{error}; going back to the one before")
-            continue
-        was, now = asdict(old), asdict(state.model.cfg)
-        differ = {k: f"{k}={was[k]}, now {now[k]}" for k in now if was[k] != now[k]}
-        if fixed := [differ[key] for key in ARCHITECTURE if key in differ]:
-            raise UserError(f"{path} has {'; '.join(fixed)}: not to be changed within a run")
-        try:
-            state.model.load_state_dict(saved["model"])
-            load_moments(state.optimizer, saved["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"{path} does not fit: {' '.join(str(error).split())}") from None
-        # empty where the run so far had no float16
-        state.scaler.load_state_dict(saved["scaler"] or state.scaler.state_dict())
-        state.step, state.best, state.layout = saved["step"], saved["best"], saved.get("layout")
-        if differ.keys() & {"data_dir", "eval_tokens"}:
-            state.best = math.inf  # a loss on other tokens
-        runtime.print(f"continuing {path}: step {state.step}")
-        if changed := [differ[key] for key in differ if key not in ("check", "resume", "run_name")]:
-            runtime.print(f"changed: {'; '.join(changed)}")
-        return
-    if paths:
-        raise UserError(f"{folder}/ holds no whole checkpoint: take another run_name")
-    runtime.print(f"no checkpoint in {folder}/ yet: starting from the beginning")
+    else:
+        if paths:
+            raise UserError(f"{folder}/ holds no whole checkpoint: take another run_name")
+        return runtime.print(f"no checkpoint in {folder}/ yet: starting from the beginning")
+    was, now = asdict(old), asdict(state.model.cfg)
+    differ = {k: f"{k}={was[k]}, now {now[k]}" for k in now if was[k] != now[k]}
+    if fixed := [differ[key] for key in ARCHITECTURE if key in differ]:
+        raise UserError(f"{path} has {'; '.join(fixed)}: not to be changed within a run")
+    try:
+        state.model.load_state_dict(saved["model"])
+        load_moments(state.optimizer, saved["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path} does not fit: {' '.join(str(error).split())}") from None
+    if saved["scaler"]:  # empty where the run so far had no float16
+        state.scaler.load_state_dict(saved["scaler"])
+    state.step, state.best, state.layout = saved["step"], saved["best"], saved.get("layout")
+    if differ.keys() & {"data_dir", "eval_tokens"}:
+        state.best = math.inf  # a loss on other tokens
+    runtime.print(f"continuing {path}: step {state.step}")
+    if changed := [differ[key] for key in differ if key not in ("check", "resume", "run_name")]:
+        runtime.print(f"changed: {'; '.join(changed)}")
 
 
 # ---------------------------------------------------------------- the run's folder
