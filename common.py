@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 import time
 import tomllib
 from dataclasses import asdict, fields
@@ -30,6 +31,11 @@ DISK = [getattr(errno, name, 0) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS
 BAD_NAMES = [errno.ENAMETOOLONG, errno.ELOOP]
 PROJECT = Path(__file__).parent
 TEXTS = ("--prompt", "--text", "--sample_prompt")  # in which ~ is a character like any other
+
+
+def in_short(error, most=200):
+    """An error of another's making as one line of at most so many characters."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", most, placeholder=" ...")
 
 
 def first_rank():

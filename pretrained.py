@@ -10,12 +10,11 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from textwrap import shorten
 from typing import NamedTuple
 
 import torch
 
-from common import UserError
+from common import UserError, in_short
 from fineweb import TABLE
 
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -223,10 +222,6 @@ def has_other_tokens(name):
 
 def unreadable(name, error):
     return UserError(f"{name} is not a GPT-2 or Llama that can be read ({in_short(error)})")
-
-
-def in_short(error):
-    return shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
 
 
 def read_config(path):

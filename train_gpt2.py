@@ -46,6 +46,7 @@ from common import (
     check_disk,
     check_types,
     command_line,
+    in_short,
     replacing,
     run,
     say,
@@ -520,7 +521,7 @@ class GPT(nn.Module):
         try:
             model.load_state_dict(saved["model"])
         except RuntimeError as error:  # saved before this file was edited, or foreign
-            raise UserError(f"{path} does not fit ({pretrained.in_short(error)})") from None
+            raise UserError(f"{path} does not fit ({in_short(error)})") from None
         return model.eval()
 
     @classmethod
@@ -849,8 +850,7 @@ def read_checkpoint(path, whole=False):
             raise ValueError(f"it lacks {', '.join(sorted(lacks))}")
         return Config(**saved["config"]), saved
     except Exception as error:  # torn and foreign files meet torch's unpickler in many ways
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{path} is not a readable checkpoint ({reason[:90]})") from None
+        raise UserError(f"{path} is not a readable checkpoint ({in_short(error, 90)})") from None
 
 
 def load_moments(optimizer, saved):
@@ -887,7 +887,7 @@ def resume(folder, state, runtime):
         state.model.load_state_dict(saved["model"])
         load_moments(state.optimizer, saved["optimizer"])
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path} does not fit: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} does not fit ({in_short(error)})") from None
     if saved["scaler"]:  # empty where the run so far had no float16
         state.scaler.load_state_dict(saved["scaler"])
     state.step, state.best, state.layout = saved["step"], saved["best"], saved.get("layout")
