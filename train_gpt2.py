@@ -639,14 +639,13 @@ def generate(model, idx, max_new_tokens, how, generator=None, step=next_logits):
 
 def complete(model, prompt, how, num_samples=1, max_new_tokens=64, seed=1337, step=next_logits):
     """`num_samples` continuations of a prompt, as text, without the prompt."""
-    device = next(model.parameters()).device
-    tokens = fineweb.tokenizer().encode_ordinary(prompt) or [END_OF_TEXT]
+    device, tokenizer = next(model.parameters()).device, fineweb.tokenizer()
+    tokens = tokenizer.encode_ordinary(prompt) or [END_OF_TEXT]
     idx = torch.tensor(tokens, device=device).repeat(num_samples, 1)
     generator = torch.Generator(device).manual_seed(seed)
     made = generate(model, idx, max_new_tokens, how, generator, step)
     new = torch.cat([idx[:, :0], *made], dim=1)
-    decode = fineweb.tokenizer().decode
-    return [decode([t for t in row if t != END_OF_TEXT]) for row in new.tolist()]
+    return [tokenizer.decode([t for t in row if t != END_OF_TEXT]) for row in new.tolist()]
 
 
 # ---------------------------------------------------------------- optimizer
