@@ -162,11 +162,11 @@ def fit_micro_batch(model, B, runtime, resumed=False):
             state = [torch.empty_like(p) for p in model.parameters() for _ in range(copies)]
             one_pass(B)  # now with gradients and copies in memory, as every later step
             del state
-            return 1.0
+            return True
         except RuntimeError as error:
             if not lacks_memory(error):
                 raise
-            return 0.0
+            return False
 
     remedy = "its weights alone are too much: take a smaller model"
     with telling_memory(f"rank {runtime.rank}", remedy):
@@ -177,7 +177,7 @@ def fit_micro_batch(model, B, runtime, resumed=False):
         fitted = fits(B)
         model.zero_grad(set_to_none=True)
         forget_memory(runtime)  # before ranks meet, which takes NCCL some
-        if runtime.sum(torch.tensor(fitted)).item() == runtime.world:
+        if runtime.all(fitted):
             break
         if B == 1:
             remedy = "try --gradient_checkpointing=True, or lower block_size or n_layer"

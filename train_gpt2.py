@@ -236,6 +236,10 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
+    def all(self, true):
+        """Whether it is true on every rank."""
+        return self.sum(torch.tensor(float(true))).item() == self.world
+
     def agree(self, decide):
         """Call decide() on rank 0; return its result, or raise its UserError, on every rank."""
         box = [None]
@@ -659,8 +663,7 @@ def make_optimizer(model, cfg):
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     fused = parameters[0].device.type in ("cuda", "cpu")
-    betas = (cfg.beta1, cfg.beta2)
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=fused)
+    return torch.optim.AdamW(groups, cfg.learning_rate, (cfg.beta1, cfg.beta2), fused=fused)
 
 
 def lr_at(step, cfg, max_steps):
@@ -1019,8 +1022,7 @@ def train_step(model, state, batches, micro_steps, lr, runtime, stop=False, norm
     loss = 0.0
     for micro in range(micro_steps):
         inputs, targets = next(batches)
-        # DDP reads it in the forward pass
-        model.require_backward_grad_sync = micro == micro_steps - 1
+        model.require_backward_grad_sync = micro == micro_steps - 1  # DDP reads it in forward
         with runtime.autocast():
             part = model(inputs, targets) / micro_steps
         state.scaler.scale(part).backward()
@@ -1103,8 +1105,7 @@ def set_up(cfg, runtime, shards):
     micro_steps, G = batch_layout(cfg, runtime.world, B)
     loader = Loader(shards, cfg, runtime, B, G)
     own = [state.step, *loader.layout]
-    same = torch.tensor(float(own == runtime.agree(lambda: own)))
-    if runtime.sum(same).item() < runtime.world:  # training apart, nothing would show it
+    if not runtime.all(own == runtime.agree(lambda: own)):  # training apart, nothing would show it
         remedy = "log_dir and data_dir must be folders that every machine sees"
         raise UserError(f"not all ranks have the same checkpoint and data: {remedy}")
     return state, runtime.parallel(fast, B, cfg.block_size), loader, micro_steps
