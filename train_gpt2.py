@@ -383,20 +383,20 @@ class Block(nn.Module):
 
 def overwrite_with_gradient(logits, targets, cap):
     """Summed cross-entropy of logits (n, V), soft-capped by cap; its gradient overwrites them."""
-    # as many rows at a time as fit a cache; compiled, one kernel does all
-    rows = (2**21 if logits.device.type == "cpu" else 2**26) // logits.size(1) + 1
-    rows, loss = len(logits) if torch.compiler.is_compiling() else rows, 0.0
-    for part, own in zip(logits.split(rows), targets[:, None].split(rows), strict=True):
+    rows, loss = len(logits), 0.0  # compiled, one kernel does all rows
+    if not torch.compiler.is_compiling():  # else as many at a time as fit a cache
+        rows = (2**21 if logits.device.type == "cpu" else 2**26) // logits.size(1) + 1
+    for part, target in zip(logits.split(rows), targets[:, None].split(rows), strict=True):
         z = part.float()
         if cap:
             z = cap * torch.tanh(z / cap)
         d = z.softmax(-1)  # logsumexp(z) = max z - log max d: no second pass of exponentials
-        nll = (z.amax(-1, keepdim=True) - z.gather(1, own)) - d.amax(-1, keepdim=True).log()
-        d_own = torch.expm1(-nll)  # softmax minus one-hot
+        nll = (z.amax(-1, keepdim=True) - z.gather(1, target)) - d.amax(-1, keepdim=True).log()
+        d_target = torch.expm1(-nll)  # softmax minus one-hot
         if cap:
             slope = 1 - (z / cap) ** 2  # of the soft cap
-            d, d_own = d * slope, d_own * slope.gather(1, own)
-        part.copy_(d).scatter_(1, own, d_own.to(part.dtype))
+            d, d_target = d * slope, d_target * slope.gather(1, target)
+        part.copy_(d).scatter_(1, target, d_target.to(part.dtype))
         loss = loss + nll.sum()
     return loss
 
