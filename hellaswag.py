@@ -241,8 +241,8 @@ def collate(rows, device):
     column, target, ending = np.concatenate([row.scored for row in rows], axis=1)
     scored = torch.from_numpy(np.stack((r, column, target, 4 * r + ending))).to(device)
     tokens, position, segment = torch.from_numpy(filled).to(device)
-    own, context = segment[:, None] == segment[:, :, None], segment[:, None] == 0  # of a key
-    mask = (own | context).tril()[:, None]
+    key, query = segment[:, None], segment[:, :, None]
+    mask = ((key == query) | (key == 0)).tril()[:, None]
     return (tokens, position, mask), *scored
 
 
@@ -254,7 +254,7 @@ def evaluate(model, tasks, device="cpu", rank=0, world=1, batch_tokens=0):
     """
     counts = torch.zeros(1 + len(METRICS), dtype=torch.int64)
     for index, picks in predictions(model, tasks, device, rank, world, batch_tokens):
-        counts += torch.tensor([1, *(pick == tasks[index].label for pick in picks)])
+        counts += torch.tensor([1, *(taken == tasks[index].label for taken in picks)])
     return counts.to(device)
 
 
