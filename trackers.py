@@ -41,7 +41,7 @@ def check(cfg):
 def open_trackers(cfg, folder, step):
     """The trackers that cfg asks for, of the run in `folder`; `step`, the first they will get."""
     kinds = {"wandb_project": Wandb, "tensorboard": TensorBoard}
-    return [Tracker(kinds[flag], cfg, folder, step) for flag in PACKAGES if getattr(cfg, flag)]
+    return [Tracker(kind, cfg, folder, step) for flag, kind in kinds.items() if getattr(cfg, flag)]
 
 
 class Tracker:
