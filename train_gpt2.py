@@ -213,7 +213,7 @@ class Runtime:
             how = {"backend": "nccl", "device_id": self.device} if nccl else {"backend": "gloo"}
             wait = timedelta(seconds=timeout)
             store, rank, world = next(dist.rendezvous("env://", timeout=wait))
-            # of its own: torchrun's store still has the addresses of this machine's life before
+            # keys of each restart's own: torchrun's store still has the addresses of the last one's
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             dist.init_process_group(store=store, rank=rank, world_size=world, timeout=wait, **how)
             if self.dtype != self.agree(lambda: self.dtype):  # float16's gradients are scaled
@@ -504,7 +504,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(x)
         head, chunks = self.lm_head.weight, c.loss_chunks or math.ceil(idx.numel() / 8192)
-        head = head if torch.is_grad_enabled() else head.detach()  # else it would get a gradient
+        head = head if torch.is_grad_enabled() else head.detach()  # HeadLoss does not see no_grad
         return HeadLoss.apply(x.flatten(0, 1), head, targets.flatten(), c.logit_softcap, chunks)
 
     def generate(self, prompt, max_new_tokens=64, seed=1337, **how):
@@ -1117,9 +1117,9 @@ def train(cfg, runtime):
     val_shards = TokenShards(cfg.data_dir, "val") if cfg.eval_interval else None
     state, fast, loader, micro_steps = set_up(cfg, runtime, shards)
     model, cfg, B = state.model, state.model.cfg, loader.B
+    # too little text and another tokenizer's ids show before anything is written
     if val_shards:
         validation_windows(cfg, val_shards)
-    # another tokenizer's ids show before anything is written
     for split in filter(None, (shards, val_shards)):
         split.windows(np.linspace(0, len(split) - loader.T - 1, 64, dtype=int), cfg)
     folder = Path(cfg.log_dir) / cfg.run_name
