@@ -227,8 +227,8 @@ def allow_attention(name):
 
 
 @contextlib.contextmanager
-def any_shape():
-    """Without cuDNN's attention, if another is on: it plans for 0.03 to 0.4 s at each new shape."""
+def without_cudnn_attention():
+    """For shapes that vary, if another is on: cuDNN plans for 0.03 to 0.4 s at each new one."""
     cuda = torch.backends.cuda
     was = cuda.cudnn_sdp_enabled()
     cuda.enable_cudnn_sdp(was and not cuda.flash_sdp_enabled())

@@ -800,7 +800,7 @@ def evaluating(model, runtime):
     """No gradients, no dropout, training's precision. (inference_mode has no cache of casts.)"""
     was = model.training
     model.eval()
-    with torch.no_grad(), runtime.autocast(), hardware.any_shape():
+    with torch.no_grad(), runtime.autocast(), hardware.without_cudnn_attention():
         yield
     model.train(was)
 
