@@ -168,10 +168,9 @@ def stop_on_signal(save, in_step):
 @contextlib.contextmanager
 def telling_obstacles(cfg, runtime):
     """Where a device's memory is too little, or torch.compile fails, say what to set."""
-    remedy, again = "set --micro_batch_size=1, or --device=cpu", ""
-    if not cfg.eval_only:
-        remedy = "halve --micro_batch_size, double grad_accum_steps if set, add --resume=True"
-        again = ", and --resume=True where the run has begun"
+    remedy = "halve --micro_batch_size, double grad_accum_steps if set, add --resume=True"
+    if cfg.eval_only:
+        remedy = "set --micro_batch_size=1, or --device=cpu"
     try:
         with hardware.telling_memory(f"rank {runtime.rank}", remedy):
             yield
@@ -180,7 +179,8 @@ def telling_obstacles(cfg, runtime):
             raise
         reason = str(error).partition("\n")[0]
         raise UserError(
-            f"torch.compile failed ({reason})\n       set --compile_model=False{again}"
+            f"torch.compile failed ({reason})\n       set --compile_model=False, and --resume=True "
+            "where the run has begun"
         ) from error
 
 
