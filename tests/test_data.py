@@ -158,6 +158,31 @@ def test_error_of_the_reading_thread_reaches_the_training(make_loader):
         next(s)
 
 
+@pytest.mark.parametrize("device, pinned", [("cuda", True), ("mps", False), ("cpu", False)])
+def test_batches_are_pinned_for_cuda_alone(make_loader, monkeypatch, device, pinned):
+    """On a Mac pinned memory has ended programs with a segmentation fault."""
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tokens: asked.append(1) or tokens)
+    loader = make_loader(21)
+    loader.runtime.device = torch.device(device)
+    loader.batch(0, 0)
+    assert bool(asked) == pinned
+
+
+def test_only_a_copy_of_pinned_memory_may_go_on_beside_the_program(make_loader, monkeypatch):
+    """The memory of another may have been given away before it is read."""
+    copies, to = [], torch.Tensor.to
+
+    def copy(tokens, *args, non_blocking=False, **keys):
+        copies.append((tokens.is_pinned(), non_blocking))
+        return to(tokens, *args, non_blocking=non_blocking, **keys)
+
+    monkeypatch.setattr(torch.Tensor, "to", copy)
+    with contextlib.closing(make_loader(21).stream(0, 1)) as stream:
+        next(stream)
+    assert copies == [(False, False)]
+
+
 # ---------------------------------------------------------------- shards
 
 
