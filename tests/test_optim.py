@@ -6,6 +6,7 @@ import torch
 
 import train_gpt2
 from common import UserError
+from trackers import Norms
 from train_gpt2 import GPT, Config, TrainState, lr_at, make_optimizer, train_step
 
 # ---------------------------------------------------------------- learning rate
@@ -59,6 +60,21 @@ def test_each_parameter_is_in_one_group_and_only_matrices_decay(tiny, toggles):
     assert decay.keys() == names.keys()
     for p in model.parameters():
         assert decay[id(p)] == (0.3 if p.dim() >= 2 else 0.0), names[id(p)]
+
+
+def test_first_update_is_adamws_for_the_smallest_gradients_too(tiny):
+    """From zero moments it is lr g / (|g| + eps), after the weight's own decay."""
+    model = GPT(replace(tiny, weight_decay=0.3))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p))
+            p.grad = 1e-8 * torch.randn_like(p)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    make_optimizer(model, model.cfg).step()
+    for name, p in model.named_parameters():
+        kept = before[name] * (1 - tiny.learning_rate * (0.3 if p.dim() >= 2 else 0.0))
+        expected = kept - tiny.learning_rate * p.grad / (p.grad.abs() + 1e-8)
+        torch.testing.assert_close(p.detach(), expected, atol=1e-5, rtol=1e-5)
 
 
 # ---------------------------------------------------------------- one optimizer step
@@ -137,6 +153,14 @@ def test_learning_rate_given_is_the_one_used(tiny, sgd, runtime):
         torch.testing.assert_close(2 * a, b, atol=1e-6, rtol=1e-4)
 
 
+def test_step_at_a_learning_rate_of_zero_moves_no_weight_of_any_group(tiny, runtime):
+    model = GPT(tiny)
+    optimizer = make_optimizer(model, tiny)
+    state = TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    update = moved(state, lambda: train_step(model, state, iter([examples(8)]), 1, 0.0, runtime))
+    assert total_norm(update) == 0 < len(optimizer.state)
+
+
 def test_dropout_is_drawn_from_seed_step_and_rank_alone(tiny, sgd, runtime):
     def loss(step, rank, seed=1):
         state = sgd(replace(tiny, dropout=0.5, seed=seed))
@@ -147,6 +171,53 @@ def test_dropout_is_drawn_from_seed_step_and_rank_alone(tiny, sgd, runtime):
     losses = [loss(*where) for where in drawn]
     assert len(set(losses)) == len(drawn)
     assert [loss(*where) for where in drawn] == losses
+
+
+def test_gradients_meet_between_ranks_in_the_last_micro_step_alone(tiny, sgd, runtime):
+    state, seen = sgd(tiny), []
+
+    def look(model, _):  # in the forward pass, as DDP does
+        seen.append(model.require_backward_grad_sync)
+
+    state.model.register_forward_pre_hook(look)
+    train_step(state.model, state, iter([examples(2)] * 3), 3, 1.0, runtime)
+    assert seen == [False, False, True]
+
+
+@pytest.mark.parametrize(("mine", "other"), [(False, False), (True, False), (False, True)])
+def test_all_ranks_stop_when_one_is_asked_to_and_tell_the_mean_loss(
+    tiny, sgd, runtime, mine, other
+):
+    def add_other(sums):
+        told.append(sums[0].item())
+        return sums + torch.stack((sums[0] + 2, sums[1], sums.new_tensor(float(other))))
+
+    told, state = [], sgd(tiny)
+    runtime.world, runtime.sum = 2, add_other
+    batches = iter([examples(8)])
+    loss, _, stop = train_step(state.model, state, batches, 1, 1.0, runtime, stop=mine)
+    assert stop == (mine or other)
+    assert loss == pytest.approx(told[0] + 1)
+
+
+def test_scale_of_the_loss_is_in_no_norm_and_no_update(tiny, sgd, runtime):
+    """float16's: clipping and what is told are of the gradients without it."""
+
+    def step(scaled):
+        state = sgd(replace(tiny, grad_clip=0.5))
+        state.scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+        norms, told = Norms(state.model), []
+
+        def one():
+            batches = iter([examples(8)])
+            told.extend(train_step(state.model, state, batches, 1, 1.0, runtime, norms=norms))
+
+        return moved(state, one), told, norms.values
+
+    (update, told, norms), (expected, expected_told, expected_norms) = step(True), step(False)
+    torch.testing.assert_close(update, expected, atol=1e-6, rtol=1e-4)
+    assert told == pytest.approx(expected_told, rel=1e-4)
+    assert norms == pytest.approx(expected_norms, rel=1e-3)
 
 
 # ---------------------------------------------------------------- losses that are not finite
