@@ -174,6 +174,33 @@ def test_dropout_acts_in_training_mode_alone(tiny, make_model):
     torch.testing.assert_close(plain.train()(idx), plain.eval()(idx))
 
 
+@pytest.mark.parametrize("place", ["embedding", "attention", "residual of it", "residual of MLP"])
+def test_dropout_acts_at_each_of_its_places(tiny, make_model, place):
+    model, idx = make_model(replace(tiny, n_layer=1, dropout=0.5)).train(), torch.arange(16)[None]
+    block, calls = model.transformer.h[0], []
+    if place != "embedding":
+        model.transformer.drop.p = 0.0
+    if place != "attention":
+        block.attn.dropout = 0.0
+    if not place.startswith("residual"):
+        block.drop.p = 0.0
+    other = {"residual of it": block.mlp, "residual of MLP": block.attn}.get(place)
+    if other:  # so that it adds nothing, with dropout or without
+        other.c_proj.weight.data.zero_(), other.c_proj.bias.data.zero_()
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        calls.append(model(idx))
+    assert not torch.allclose(*calls)
+
+
+def test_more_tokens_than_the_block_size_are_refused(tiny, make_model):
+    for toggles in ({}, {"pos_embedding": "rope"}):
+        model = make_model(replace(tiny, **toggles))
+        assert model(torch.zeros(1, 16, dtype=torch.long)).shape == (1, 16, 512)
+        with pytest.raises(AssertionError, match="more than block_size"):
+            model(torch.zeros(1, 17, dtype=torch.long))
+
+
 def test_ids_that_pad_the_matrices_have_no_chance(tiny, make_model):
     model, idx = make_model(replace(tiny, n_embd=8, vocab_size=50304)), tokens(tiny, 2, 16)
     actual = model.text_logits(model.features(idx)).log_softmax(-1)
