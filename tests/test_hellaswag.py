@@ -346,6 +346,18 @@ def test_failed_download_leaves_nothing(download, response):
     assert list(cache.parent.iterdir()) == []
 
 
+def test_server_that_does_not_answer_is_not_waited_for(download, monkeypatch):
+    download(None)
+
+    def get(url, timeout=None, **_):
+        assert timeout and timeout <= 60  # seconds: without it, requests waits for ever
+        raise requests.Timeout("no answer")
+
+    monkeypatch.setattr(requests, "get", get)
+    with pytest.raises(UserError, match="could not fetch HellaSwag"):
+        hellaswag.load()
+
+
 # ---------------------------------------------------------------- command
 
 
@@ -387,6 +399,20 @@ def test_as_many_tasks_are_scored_as_asked_for(command, tasks, tmp_path, capsys,
     assert n == scores["tasks"] == (count or len(tasks))
     assert [scores[name] * n for name in hellaswag.METRICS] == pytest.approx(right)
     assert capsys.readouterr().out.startswith(f"HellaSwag, {n} tasks in ")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_command_scores_in_the_dtype_asked_for_without_gradients(command, monkeypatch, dtype):
+    seen, score = [], hellaswag.score
+
+    def looked_at(model, tasks, runtime):
+        product = model.lm_head(torch.ones(1, model.cfg.n_embd))
+        seen.append((product.dtype, product.requires_grad, model.training))
+        return score(model, tasks, runtime)
+
+    monkeypatch.setattr(hellaswag, "score", looked_at)
+    command("--examples=1", f"--dtype={str(dtype).removeprefix('torch.')}")
+    assert seen == [(dtype, False, False)]
 
 
 def test_json_that_cannot_be_written_is_refused_before_hours_of_scoring(command, monkeypatch):
