@@ -4,6 +4,7 @@ import functools
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -35,7 +36,7 @@ def test_two_ranks_equal_one_process_and_rank_zero_alone_writes(
 
     folder = Path(cfg.log_dir) / "two"
     two = read_log(folder)
-    assert two["lr"] == one["lr"] and two["hella"] == one["hella"]
+    assert all(two[stream] == one[stream] for stream in ("lr", "hella", "batch"))
     for stream in ("train", "norm", "val"):
         for step, value in one[stream].items():
             assert two[stream][step] == pytest.approx(value, abs=1e-5), f"{stream} at {step}"
@@ -58,6 +59,31 @@ def test_mistake_under_torchrun_is_told_once(run_cli, tmp_path, mistake, told):
     assert done.returncode != 0
     assert (done.stdout + done.stderr).count(told) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+COUNTED = """
+import contextlib, torch
+from train_gpt2 import Runtime
+
+with contextlib.closing(Runtime("cpu", "float32", timeout=60)) as runtime:
+    print(runtime.rank, runtime.world, runtime.sum(torch.tensor(1.0 + runtime.rank)).item())
+"""
+
+
+def test_ranks_are_counted_over_all_machines():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    here = dict(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", WORLD_SIZE="2", MASTER_ADDR="localhost")
+    machines = [
+        subprocess.Popen(
+            [sys.executable, "-c", COUNTED], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+            env=os.environ | here | dict(MASTER_PORT=str(port), RANK=rank),
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    told = [machine.communicate(timeout=120)[0].split() for machine in machines]
+    assert told == [["0", "2", "3.0"], ["1", "2", "3.0"]]
 
 
 COMPILED_BEFORE_IT_IS_WRAPPED = """
