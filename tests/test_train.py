@@ -121,6 +121,58 @@ def test_log_holds_every_number_of_every_step_at_full_precision(tiny_run, train)
     assert first == ["0 batch 128", f"0 val {log['val'][0]!r}"]
 
 
+@pytest.fixture
+def console(tiny, make_model, runtime, monkeypatch, capsys):
+    """The console's lines for given seconds a step, of 4 GPUs that reach half of their speed."""
+
+    def lines(*seconds, **keys):
+        model = make_model(replace(tiny, **keys))
+        runtime.world, runtime.peak_memory = 4, lambda: 3 * 2**29
+        peak = model.flops_per_token() * 1000 / 4 / 0.5  # 1000 tokens a second over all ranks
+        monkeypatch.setattr(hardware, "peak_flops", lambda device, dtype: peak)
+        log = train_gpt2.RunLog(None, model, SimpleNamespace(**vars(runtime) | {"rank": 1}),
+                                tokens=1000, max_steps=len(seconds), start=0)  # fmt: skip
+        log.runtime = runtime
+        capsys.readouterr()
+        for step, dt in enumerate(seconds):
+            log.step(step, 2.5, 1e-3, 0.75, dt)
+        return capsys.readouterr().out.splitlines()
+
+    return lines
+
+
+def test_console_tells_speed_of_all_ranks_share_of_their_peak_memory_and_time_left(console):
+    first, second, last = console(60.0, 1.0, 2.0, log_interval=1)
+    assert "| 17 tok/s | 1,000 tokens | mfu 0.8% | 1.5 GiB | eta ..." in first  # it compiles
+    assert second.startswith("step     1/3 | loss 2.5000 | lr 1.00e-03 | norm 0.750 | dt 1000 ms |")
+    assert second.endswith("| 1,000 tok/s | 2,000 tokens | mfu 50.0% | 1.5 GiB | eta 0:00:01")
+    assert last.endswith("| 500 tok/s | 3,000 tokens | mfu 25.0% | 1.5 GiB | eta 0:00:00")
+
+
+def test_console_has_every_nth_step_and_the_last(console):
+    shown = [int(line[5:10]) for line in console(*[1.0] * 8, log_interval=3)]
+    assert shown == [0, 3, 6, 7]
+
+
+def test_speed_is_that_of_the_steps_without_what_is_done_between_them(tiny_run, train, monkeypatch):
+    clock = [0.0]
+
+    def taking(seconds, function):
+        def slow(*args):
+            clock[0] += seconds
+            return function(*args)
+
+        return slow
+
+    monkeypatch.setattr(train_gpt2, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(train_gpt2, "train_step", taking(2.0, train_gpt2.train_step))
+    monkeypatch.setattr(train_gpt2, "evaluate", taking(1000.0, train_gpt2.evaluate))
+    save = train_gpt2.RunLog.save
+    monkeypatch.setattr(train_gpt2.RunLog, "save", taking(1000.0, save))
+    _, log = train(replace(tiny_run, eval_interval=2, checkpoint_interval=3))
+    assert clock[0] > 5000 and log["tps"] == dict.fromkeys(range(8), 128 / 2)
+
+
 def test_tokens_are_counted_through_a_change_of_batch(tiny_run, train, capsys):
     cfg = replace(tiny_run, log_interval=1)
     train(cfg)
