@@ -468,6 +468,42 @@ def test_validation_loss_is_the_mean_over_the_first_windows_whatever_the_batch(
     assert model.training
 
 
+def test_validation_reaches_the_last_token(tiny, tmp_path, write_shards):
+    for tokens, windows in ((17, 1), (32, 1), (33, 2), (16 * 9 + 1, 9)):
+        folder = write_shards(tmp_path / str(tokens), np.zeros(tokens))
+        assert train_gpt2.validation_windows(tiny, TokenShards(folder, "val")) == windows
+
+
+def test_evaluation_multiplies_in_the_dtype_of_training(tiny_run, train, runtime, monkeypatch):
+    dtypes, features = set(), GPT.features
+
+    def looked_at(self, *args):
+        x = features(self, *args)
+        dtypes.add((self.training, hardware.product_dtype(x), self.lm_head(x).dtype))
+        return x
+
+    monkeypatch.setattr(GPT, "features", looked_at)
+    runtime.dtype = torch.bfloat16
+    train(replace(tiny_run, max_steps=1, eval_interval=1))
+    assert dtypes == {(mode, torch.bfloat16, torch.bfloat16) for mode in (True, False)}
+
+
+def test_loss_beyond_all_bounds_does_not_end_a_run(tiny_run, train, monkeypatch):
+    losses = iter([1e5, math.inf, math.nan, 1e5])
+    monkeypatch.setattr(train_gpt2, "evaluate_loss", lambda *args: next(losses))
+    _, log = train(replace(tiny_run, max_steps=3, eval_interval=1))
+    assert len(log["train"]) == 3 and len(log["val"]) == 4
+
+
+def test_run_that_is_asked_to_stop_ends_without_the_evaluation_that_is_due(
+    tiny_run, train, after_step
+):
+    after_step(2, lambda: signal.raise_signal(signal.SIGTERM))
+    folder, log = train(replace(tiny_run, eval_interval=3))
+    assert (folder / "step_000003.pt").exists()
+    assert list(log["train"]) == [0, 1, 2] and list(log["val"]) == [0]
+
+
 def test_each_validation_window_falls_to_one_rank(tiny_run, make_model, runtime):
     cfg = replace(tiny_run, eval_tokens=16 * 21)
     model, shards = make_model(cfg), TokenShards(cfg.data_dir, "val")
