@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import tqdm
 
 import fineweb
 import hardware
@@ -514,6 +515,34 @@ def test_each_validation_window_falls_to_one_rank(tiny_run, make_model, runtime)
             runtime.rank, runtime.world, runtime.sum = rank, world, lambda total: total
             parts.append(evaluate_loss(model, shards, cfg, runtime, 4))
         assert sum(parts) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("tty, rank, shown", [(True, 0, True), (True, 1, False), (False, 0, False)])
+def test_bars_are_for_the_terminal_of_one_rank(
+    tiny_run, make_model, runtime, monkeypatch, tty, rank, shown
+):
+    class Prompt(tqdm.tqdm):
+        def __init__(self, *args, **keys):
+            super().__init__(*args, **keys | dict(delay=0, mininterval=0))
+
+    class Screen(io.StringIO):
+        def isatty(self):
+            return tty
+
+    monkeypatch.setattr(tqdm, "tqdm", Prompt)
+    monkeypatch.setattr(train_gpt2, "tqdm", Prompt)
+    runtime.rank, runtime.world, runtime.sum = rank, 2, lambda total: total
+    model = make_model(replace(tiny_run, n_embd=8, vocab_size=50304, block_size=64))
+    tasks = hellaswag.load(ROOT / "tests" / "data" / "hellaswag_own.jsonl", 4)
+    shards = TokenShards(tiny_run.data_dir, "val")
+    for scored in (
+        lambda: evaluate_loss(model, shards, tiny_run, runtime, 4),
+        lambda: hellaswag.evaluate(model, tasks, "cpu", rank, 2, batch_tokens=64),
+    ):
+        monkeypatch.setattr(sys, "stderr", Screen())
+        with torch.no_grad():
+            scored()
+        assert bool(sys.stderr.getvalue()) == shown
 
 
 def test_best_checkpoint_loads_and_has_the_loss_that_was_logged(tiny_run, train, runtime):
