@@ -981,6 +981,33 @@ def test_checkpoint_holds_plain_values_and_raw_keys(tiny_run, train):
     assert "transformer.h.1.attn.c_attn.weight" in checkpoint["model"]
 
 
+def test_compiled_model_is_for_the_steps_alone(tiny_run, train, runtime):
+    """Its keys would be of no plain model, and each new shape would be compiled anew."""
+    shapes = []
+
+    class Compiled(torch.nn.Module):  # as torch.compile's: all but a call is the model's own
+        def __init__(self, model):
+            super().__init__()
+            self._orig_mod = model
+
+        def __getattr__(self, name):
+            own = self.__dict__["_modules"]
+            return own[name] if name in own else getattr(own["_orig_mod"], name)
+
+        def forward(self, idx, targets):
+            shapes.append(tuple(idx.shape))
+            return self._orig_mod(idx, targets)
+
+    runtime.compile = Compiled
+    keys = dict(vocab_size=50304, n_embd=8, sample_prompt="Hello,", hellaswag_examples=4)
+    tasks = ROOT / "tests" / "data" / "hellaswag_own.jsonl"
+    cfg = replace(tiny_run, compile_model=True, eval_interval=1, max_steps=2, **keys)
+    folder, _ = train(replace(cfg, hellaswag_path=str(tasks)))
+    assert shapes == [(4, 16)] * 4  # two steps of two micro-steps
+    for name in ("best.pt", "step_000002.pt"):
+        assert load(folder / name)["model"].keys() == GPT(cfg).state_dict().keys()
+
+
 @pytest.fixture
 def command(monkeypatch, tmp_path, tiny_run):
     """Call main() as the command does, for tiny.toml with few steps and no run_name."""
