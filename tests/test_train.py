@@ -1241,6 +1241,45 @@ def test_device_that_is_not_there_is_an_error(monkeypatch):
             Runtime(name)
 
 
+@pytest.mark.parametrize(
+    "gpus, mps, device", [(2, True, "cuda:0"), (0, True, "mps"), (0, False, "cpu")]
+)
+def test_best_device_that_is_there_is_taken(monkeypatch, runtime, gpus, mps, device):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    found = hardware.find_device("auto", print)
+    assert found == torch.device(device)
+    if device == "mps":  # where float16 would need a scaler, and bfloat16 is slow
+        assert hardware.find_dtype("auto", found, runtime.print) == torch.float32
+
+
+@pytest.mark.parametrize(
+    "dtype, precision", [("float32", "highest"), ("bfloat16", "high"), ("auto", "high")]
+)
+def test_tf32_is_used_unless_float32_is_asked_for(monkeypatch, dtype, precision):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 1))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    before = torch.get_float32_matmul_precision()
+    try:
+        Runtime("cuda", dtype)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert chosen == [torch.device("cuda", 3)]  # NCCL and the memory's figures are of that one
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
+def test_tf32_is_set_by_one_of_torchs_apis_alone(path):
+    """Mixed with the others, torch.compile raises an error."""
+    others = r"allow_tf32|fp32_precision|conv\.allow|NVIDIA_TF32"
+    assert not re.search(others, path.read_text(encoding="utf-8"))
+
+
 def test_torch_without_cuda_beside_an_nvidia_driver_is_told(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.version, "cuda", None)
@@ -1304,6 +1343,8 @@ def test_model_is_not_compiled_where_that_cannot_work(monkeypatch, runtime, caps
         runtime.device = torch.device(device)
         assert runtime.compile(model) is model
         assert told in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    assert "capability" not in hardware.compile_obstacle(torch.device("cuda"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="another system has another compiler")
