@@ -1430,6 +1430,16 @@ def test_file_that_is_no_checkpoint_is_one_clear_error(tmp_path, content):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_checkpoint_of_a_gpu_is_read_where_there_is_none(tmp_path, tiny, make_model, monkeypatch):
+    model = make_model(tiny)
+    content = {"model": model.state_dict(), "config": asdict(tiny)}
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:3")
+        torch.save(content, tmp_path / "x.pt")
+    read = load_model(tmp_path / "x.pt").state_dict()
+    torch.testing.assert_close(read, model.state_dict(), rtol=0, atol=0)
+
+
 def test_checkpoint_cannot_run_code(tmp_path):
     class Touch:
         def __reduce__(self):
