@@ -106,7 +106,9 @@ def test_half_precision_learns_too_and_keeps_weights_in_float32(tiny_run, train,
     runtime.dtype = getattr(torch, dtype)
     folder, log = train(replace(tiny_run, max_steps=20))
     assert log["train"][19] == pytest.approx(exact[19], abs=0.1) and exact[19] < exact[0] - 0.5
-    assert all(w.dtype == torch.float32 for w in load(folder / "step_000020.pt")["model"].values())
+    saved = load(folder / "step_000020.pt")
+    assert all(w.dtype == torch.float32 for w in saved["model"].values())
+    assert bool(saved["scaler"]) == (dtype == "float16")  # which alone needs its loss scaled
 
 
 def test_log_holds_every_number_of_every_step_at_full_precision(tiny_run, train):
@@ -1593,6 +1595,36 @@ def test_run_without_float16_resumes_with_it(tiny_run, train):
     state.optimizer = train_gpt2.make_optimizer(state.model, tiny_run)
     train_gpt2.resume(folder, state, Runtime("cpu", "float32"))
     assert state.step == 4 and state.scaler.get_scale() == 65536
+
+
+def test_scale_of_the_loss_is_resumed(tiny_run, train, runtime):
+    runtime.dtype = torch.float16
+    folder, _ = train(replace(tiny_run, max_steps=4))
+    saved = load(folder / "step_000004.pt")
+    assert saved["scaler"]["_growth_tracker"] == 4
+    torch.save(saved | {"scaler": saved["scaler"] | {"scale": 512.0}}, folder / "step_000004.pt")
+    train(replace(tiny_run, max_steps=5, resume=True))
+    scaler = load(folder / "step_000005.pt")["scaler"]
+    assert (scaler["scale"], scaler["_growth_tracker"]) == (512.0, 5)
+
+
+def test_scale_that_is_too_high_is_halved_at_each_skipped_step(tiny_run, train, runtime):
+    runtime.dtype = torch.float16
+    folder, _ = train(replace(tiny_run, max_steps=1))
+    saved = load(folder / "step_000001.pt")
+    torch.save(saved | {"scaler": saved["scaler"] | {"scale": 2.0**25}}, folder / "step_000001.pt")
+    folder, log = train(replace(tiny_run, max_steps=12, resume=True))
+    skipped = [step for step in log["norm"] if not math.isfinite(log["norm"][step])]
+    assert 1 < len(skipped) < 10 and skipped[0] == 1
+    assert load(folder / "step_000012.pt")["scaler"]["scale"] == 2.0 ** (25 - len(skipped))
+
+
+def test_resumed_optimizer_has_the_rate_of_the_last_step_until_the_next(tiny_run, train, runtime):
+    folder, log = train(tiny_run)
+    state = train_gpt2.TrainState(GPT(tiny_run), None, torch.amp.GradScaler("cpu", enabled=False))
+    state.optimizer = train_gpt2.make_optimizer(state.model, tiny_run)
+    train_gpt2.resume(folder, state, runtime)
+    assert [group["lr"] for group in state.optimizer.param_groups] == [log["lr"][7]] * 2
 
 
 def test_hellaswag_is_skipped_on_all_ranks_if_one_has_no_tasks(runtime, capsys):
