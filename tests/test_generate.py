@@ -298,6 +298,13 @@ def test_completion_is_text_without_prompt_and_end_of_text(favouring):
     assert complete(model, "", GREEDY, max_new_tokens=3) == [" word word word"]
 
 
+def test_the_seed_alone_decides_a_completion(favouring):
+    model = favouring({range(100): 20})
+    first = complete(model, "Hello", Sampling(), seed=1)
+    assert complete(model, "Hello", Sampling(), seed=1) == first
+    assert complete(model, "Hello", Sampling(), seed=2) != first
+
+
 def test_special_token_in_a_prompt_is_ordinary_text(favouring):
     model = favouring({5: 50})
     assert complete(model, "<|endoftext|>", GREEDY, max_new_tokens=2) == [
