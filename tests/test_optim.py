@@ -269,6 +269,19 @@ def test_step_that_is_not_finite_changes_nothing_but_the_count(tiny, runtime, ba
     assert math.isfinite(update) and update > 0
 
 
+@pytest.mark.parametrize("spoilt", [0, 1], ids=["loss", "norm"])
+def test_number_of_another_rank_that_is_not_finite_is_skipped_here_too(tiny, sgd, runtime, spoilt):
+    def add_other(sums):
+        other = sums.clone()
+        other[spoilt] = math.nan
+        return sums + other
+
+    state, runtime.world, runtime.sum = sgd(tiny), 2, add_other
+    batches = iter([examples(8)])
+    update = moved(state, lambda: train_step(state.model, state, batches, 1, 1.0, runtime))
+    assert total_norm(update) == 0
+
+
 def test_skipped_steps_are_logged_and_nine_in_a_row_go_on(tiny_run, train, poison):
     poison |= {*range(2, 11), *range(12, 21)}
     _, log = train(replace(tiny_run, max_steps=24))
