@@ -63,14 +63,22 @@ def test_mistake_under_torchrun_is_told_once(run_cli, tmp_path, mistake, told):
 
 COUNTED = """
 import contextlib, torch
+from common import UserError
 from train_gpt2 import Runtime
+
+def fail():
+    raise UserError(f"rank{runtime.rank}")
 
 with contextlib.closing(Runtime("cpu", "float32", timeout=60)) as runtime:
     print(runtime.rank, runtime.world, runtime.sum(torch.tensor(1.0 + runtime.rank)).item())
+    try:
+        runtime.agree(fail)
+    except UserError as error:
+        print(error)
 """
 
 
-def test_ranks_are_counted_over_all_machines():
+def test_ranks_are_counted_over_all_machines_and_fail_as_rank_0_does():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -83,7 +91,7 @@ def test_ranks_are_counted_over_all_machines():
         for rank in "01"
     ]  # fmt: skip
     told = [machine.communicate(timeout=120)[0].split() for machine in machines]
-    assert told == [["0", "2", "3.0"], ["1", "2", "3.0"]]
+    assert told == [["0", "2", "3.0", "rank0"], ["1", "2", "3.0", "rank0"]]
 
 
 COMPILED_BEFORE_IT_IS_WRAPPED = """
