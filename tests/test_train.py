@@ -477,18 +477,20 @@ def test_validation_reaches_the_last_token(tiny, tmp_path, write_shards):
         assert train_gpt2.validation_windows(tiny, TokenShards(folder, "val")) == windows
 
 
-def test_evaluation_multiplies_in_the_dtype_of_training(tiny_run, train, runtime, monkeypatch):
-    dtypes, features = set(), GPT.features
+def test_evaluation_has_no_gradients_and_the_dtype_of_training(
+    tiny_run, train, runtime, monkeypatch
+):
+    seen, features = set(), GPT.features
 
     def looked_at(self, *args):
         x = features(self, *args)
-        dtypes.add((self.training, hardware.product_dtype(x), self.lm_head(x).dtype))
+        seen.add((self.training, torch.is_grad_enabled(), self.lm_head(x).dtype))
         return x
 
     monkeypatch.setattr(GPT, "features", looked_at)
     runtime.dtype = torch.bfloat16
     train(replace(tiny_run, max_steps=1, eval_interval=1))
-    assert dtypes == {(mode, torch.bfloat16, torch.bfloat16) for mode in (True, False)}
+    assert seen == {(training, training, torch.bfloat16) for training in (True, False)}
 
 
 def test_loss_beyond_all_bounds_does_not_end_a_run(tiny_run, train, monkeypatch):
@@ -505,6 +507,18 @@ def test_run_that_is_asked_to_stop_ends_without_the_evaluation_that_is_due(
     folder, log = train(replace(tiny_run, eval_interval=3))
     assert (folder / "step_000003.pt").exists()
     assert list(log["train"]) == [0, 1, 2] and list(log["val"]) == [0]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_0_alone_samples(tiny_run, make_model, runtime, monkeypatch, rank):
+    drawn = []
+    monkeypatch.setattr(train_gpt2, "complete", lambda *args: drawn.append(1) or [])
+    runtime.rank = rank
+    model = make_model(replace(tiny_run, sample_prompt="Hello", eval_only=True))
+    state = train_gpt2.TrainState(model, None, None, step=1)
+    log = train_gpt2.RunLog(None, model, runtime, tokens=1, max_steps=1, start=1)
+    train_gpt2.evaluate(state, TokenShards(tiny_run.data_dir, "val"), 8, log, runtime)
+    assert bool(drawn) == (rank == 0)
 
 
 def test_each_validation_window_falls_to_one_rank(tiny_run, make_model, runtime):
