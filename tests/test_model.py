@@ -266,6 +266,20 @@ def test_recomputing_blocks_keeps_less_and_changes_no_gradient(
     assert saving_kept < kept
 
 
+def test_blocks_are_recomputed_in_training_alone(tiny, make_model, monkeypatch):
+    called, checkpoint = [], train_gpt2.checkpoint
+    monkeypatch.setattr(
+        train_gpt2,
+        "checkpoint",
+        lambda *args, **keys: called.append(1) or checkpoint(*args, **keys),
+    )
+    model, idx = make_model(replace(tiny, gradient_checkpointing=True)), torch.arange(16)[None]
+    model(idx)
+    assert not called
+    model.train()(idx)
+    assert len(called) == tiny.n_layer
+
+
 def test_an_evaluation_computes_no_gradients(tiny, make_model, monkeypatch):
     model, idx, products = make_model(tiny), tokens(tiny, 2, 16), []
     t = torch.Tensor.t  # what the gradient of the head begins with, and its logits
