@@ -184,6 +184,18 @@ def telling_obstacles(cfg, runtime):
         ) from error
 
 
+def tell_overruled(cfg, architecture):
+    """Say which settings of cfg the architecture of init_from's model takes the place of."""
+    default = type(cfg)  # what was left at its default was not asked for
+    lost = [
+        f"{k}={x}"
+        for k, x in architecture.items()
+        if getattr(cfg, k) not in (x, getattr(default, k))
+    ]
+    if lost and first_rank():
+        say(f"init_from={cfg.init_from} has {', '.join(lost)}, whatever else was set")
+
+
 def introduce(state, loader, micro_steps, max_steps, runtime):
     """Say on what, with what and how long the run trains; refuse what could only lose its work."""
     model, world, tokens = state.model, runtime.world, loader.G * loader.T

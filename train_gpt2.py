@@ -453,7 +453,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """N(0, 0.02); 1/sqrt(2 n_layer) of that for what each block adds to the residual stream."""
+        """Each matrix N(0, 0.02), 1/sqrt(2 n_layer) of that where a block ends; biases 0."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 residual = name.endswith("c_proj.weight")
@@ -488,7 +488,7 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def logits(self, x):
-        """Features (..., C) -> logits (..., vocab_size)."""
+        """Features (..., C) -> logits (..., vocab_size); the loss makes its own, in HeadLoss."""
         logits, cap = self.lm_head(x), self.cfg.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
@@ -656,7 +656,7 @@ def complete(model, prompt, how, num_samples=1, max_new_tokens=64, seed=1337, st
 
 
 def make_optimizer(model, cfg):
-    """AdamW; weight decay on matrices and embeddings (2-D), none on biases and norms."""
+    """AdamW, with weight decay on matrices and embeddings (2-D) alone; `train_step` sets the lr."""
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": cfg.weight_decay},
@@ -857,14 +857,14 @@ def read_checkpoint(path, whole=False):
 
 def load_moments(optimizer, saved):
     """Take the moments from a file; what the config decides, the hyperparameters, stay."""
-    groups = optimizer.state_dict()["param_groups"]
-    for group, old in zip(groups, saved["param_groups"], strict=True):
+    groups, theirs = optimizer.state_dict()["param_groups"], saved["param_groups"]
+    shapes = dict(enumerate(p.shape for group in optimizer.param_groups for p in group["params"]))
+    moments = {i: x["exp_avg"].shape for i, x in saved["state"].items() if "exp_avg" in x}
+    same = [group["params"] for group in groups] == [group["params"] for group in theirs]
+    if not same or not moments.items() <= shapes.items():
+        raise ValueError("its optimizer has parameters of other shapes, groups or order")
+    for group, old in zip(groups, theirs, strict=True):
         group["lr"] = old["lr"]  # the last step's, should no other step follow
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    theirs = {i: moments["exp_avg"].shape for i, moments in saved["state"].items()}
-    ours = {i: p.shape for i, p in enumerate(parameters) if p.requires_grad}
-    if theirs and theirs != ours:
-        raise ValueError(f"its optimizer has {len(theirs)} tensors of other shapes or order")
     optimizer.load_state_dict(saved | {"param_groups": groups})
 
 
@@ -1077,7 +1077,9 @@ def initial_model(cfg, begun=None):
         return GPT(cfg)
     source = None if begun else load_model(cfg.init_from)
     known = load_config([str(begun)])[0] if begun else source.cfg
-    cfg = replace(cfg, **{key: getattr(known, key) for key in ARCHITECTURE})
+    architecture = {key: getattr(known, key) for key in ARCHITECTURE}
+    runs.tell_overruled(cfg, architecture)
+    cfg = replace(cfg, **architecture)
     validate(cfg)
     model = GPT(cfg)
     if source:

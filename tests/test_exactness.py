@@ -451,6 +451,11 @@ def other_layout(checkpoint):
     checkpoint["optimizer"]["state"] = {key + 1: value for key, value in moments.items()}
 
 
+def other_groups(checkpoint):
+    first, second = checkpoint["optimizer"]["param_groups"]
+    second["params"].insert(0, first["params"].pop())
+
+
 CHANGED = {
     "a key of the model is missing": (without("model", "transformer.wpe.weight"), "wpe.weight"),
     "a key of the model is new": (
@@ -461,7 +466,8 @@ CHANGED = {
         lambda checkpoint: checkpoint["model"].update({"transformer.ln_f.bias": torch.ones(3)}),
         r"ln_f\.bias",
     ),
-    "the optimizer has another layout": (other_layout, "optimizer"),
+    "the optimizer has another layout": (other_layout, "optimizer has parameters of other shapes"),
+    "the optimizer has other groups": (other_groups, "optimizer has parameters of other"),
 }
 
 
@@ -477,6 +483,28 @@ def test_checkpoint_of_another_layout_is_one_error_that_lists_what_differs(
     shards = TokenShards(tiny_run.data_dir, "train")
     with pytest.raises(UserError, match=named):
         train_gpt2.set_up(replace(tiny_run, resume=True), runtime, shards)
+
+
+@pytest.mark.parametrize("edit", ["another optimizer", "a parameter without a gradient"])
+def test_run_of_an_edited_file_resumes_its_moments(tiny_run, train, monkeypatch, edit):
+    def sgd(model, cfg):
+        return torch.optim.SGD(model.parameters(), lr=cfg.learning_rate, momentum=0.9)
+
+    def with_expert(cfg, begun):
+        torch.manual_seed(cfg.seed)
+        model = GPT(cfg)
+        model.transformer.expert = torch.nn.Linear(8, 8)
+        return model
+
+    if edit == "another optimizer":
+        monkeypatch.setattr(train_gpt2, "make_optimizer", sgd)
+    else:
+        monkeypatch.setattr(train_gpt2, "initial_model", with_expert)
+    cfg = replace(tiny_run, warmup_steps=0, min_lr_ratio=1.0)  # one rate, whatever max_steps
+    whole, _ = train(replace(cfg, run_name="whole"))
+    train(replace(cfg, max_steps=4))
+    resumed, _ = train(replace(cfg, resume=True))
+    torch.testing.assert_close(newest(resumed)["model"], newest(whole)["model"], rtol=0, atol=0)
 
 
 def test_without_room_a_line_says_so_before_writing_and_training_goes_on(

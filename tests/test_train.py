@@ -213,12 +213,13 @@ def test_micro_batch_does_not_change_the_training(tiny_run, train):
         assert small["train"][step] == pytest.approx(loss, abs=1e-5)
 
 
-def test_finetuning_takes_weights_and_architecture_from_a_checkpoint(tiny_run, train):
+def test_finetuning_takes_weights_and_architecture_from_a_checkpoint(tiny_run, train, capsys):
     source, log = train(replace(tiny_run, mlp="relu2", eval_interval=8))
     cfg = replace(
         tiny_run, run_name="tuned", n_layer=1, init_from=str(source / "best.pt"), eval_interval=8
     )
     tuned, tuned_log = train(cfg)
+    assert "best.pt has n_layer=2, whatever else was set" in capsys.readouterr().out
     assert load_model(tuned / "best.pt").cfg.mlp == "relu2"
     assert tuned_log["val"][0] == log["val"][8]
 
