@@ -115,7 +115,7 @@ def check_types(options):
         if kind is Literal:
             right = value in get_args(field.type)
             expected = " or ".join(map(str, get_args(field.type)))
-        elif kind not in (int, float, bool, str):  # TOML and the command line would differ
+        elif kind not in (int, float, bool, str, tuple):
             right, expected = False, "a field of type int, float, bool, str or Literal"
         else:
             right = isinstance(value, (int, float) if kind is float else kind)
@@ -146,6 +146,8 @@ def toml_flags(path, options):
 def to_toml(options):
     """A dataclass of plain values as TOML; `resume` is a command, not a setting."""
     values = {key: value for key, value in asdict(options).items() if key != "resume"}
+    if lists := [key for key, value in values.items() if isinstance(value, tuple)]:
+        raise UserError(f"{lists[0]} is a tuple, as no config can have it: make it several fields")
     # JSON writes strings, numbers and booleans as TOML does, but for one character
     lines = (f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in values.items())
     return "".join(lines).replace("\x7f", "\\u007f")

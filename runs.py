@@ -97,7 +97,7 @@ def open_log(folder, cfg):
             (folder / RESTARTS).write_text(os.environ["TORCHELASTIC_RUN_ID"])
         with replacing(folder / "config.toml") as temporary:
             temporary.write_text(to_toml(cfg), encoding="utf-8")
-    except OSError:
+    except (OSError, UserError):
         file.close()
         if not path.stat().st_size:  # else the same command, tried again, would find a run here
             path.unlink()

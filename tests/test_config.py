@@ -169,8 +169,8 @@ def test_value_of_another_type_is_refused_in_code_and_as_an_edited_default(key, 
 @pytest.mark.parametrize(
     "kind, value, expected",
     [
-        (tuple, (0.9, 0.95), "a field of type int, float, bool, str or Literal"),
         (int | None, None, "a field of type int, float, bool, str or Literal"),
+        (Path, Path("a"), "a field of type int, float, bool, str or Literal"),
         (Literal[1, 2], 3, "1 or 2"),
     ],
 )
@@ -179,6 +179,9 @@ def test_new_field_that_no_toml_file_could_hold_is_refused_at_once(kind, value, 
     edited = make_dataclass("Edited", [("new", kind, value)], bases=(Config,), frozen=True)
     with pytest.raises(UserError, match=rf"^new=.* must be {expected}$"):
         edited()
+    edited = make_dataclass("Edited", [("betas", tuple, (0.9, 0.95))], bases=(Config,), frozen=True)
+    with pytest.raises(UserError, match="betas is a tuple"):
+        to_toml(edited())
 
 
 def test_config_that_stands_in_the_wrong_place_or_is_a_folder_is_told(toml, tmp_path):
