@@ -158,6 +158,7 @@ def pretend():
     cuda.max_memory_allocated = cuda.memory_allocated = lambda *_: 2**30
     for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats"):
         setattr(cuda, name, lambda *_: None)
+    cuda.is_current_stream_capturing = lambda: False
     cuda.Stream = cuda.current_stream = Stream
     cuda.stream, cuda.graph, cuda.CUDAGraph = (
         lambda stream: contextlib.nullcontext(),
