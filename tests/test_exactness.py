@@ -749,7 +749,7 @@ def test_rank_that_hangs_ends_the_run_with_an_error_after_the_set_time(
         processes[1].kill()
         processes[1].communicate()
     assert processes[0].returncode > 0 and "imed out" in err, err
-    assert waited < 5 + 5
+    assert waited < 5 + 20  # processes of a busy machine take their time to end
     print(f"--rank_timeout=5: ended {waited:.1f} s after the other rank fell asleep")
 
 
