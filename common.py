@@ -116,7 +116,7 @@ def check_types(options):
             right = value in get_args(field.type)
             expected = " or ".join(map(str, get_args(field.type)))
         elif kind not in (int, float, bool, str, tuple):
-            right, expected = False, "a field of type int, float, bool, str or Literal"
+            raise UserError(f"{field.name}: make it int, float, bool, str, tuple or Literal")
         else:
             right = isinstance(value, (int, float) if kind is float else kind)
             right = right and (kind is bool or not isinstance(value, bool))  # which is an int, too
@@ -133,9 +133,13 @@ def toml_flags(path, options):
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"config {path} cannot be read: {error}") from None
-    if nested := [key for key, value in values.items() if isinstance(value, dict | list)]:
+    lists = {field.name for field in fields(options) if isinstance(field.default, tuple)}
+    kinds = {key: dict if key in lists else dict | list for key in values}
+    if nested := [key for key, value in values.items() if isinstance(value, kinds[key])]:
         raise UserError(f"config {path}: {nested[0]} is not a plain value; write key = value")
-    args = [f"--{key}={value}" for key, value in values.items()]
+    args = []
+    for key, value in values.items():
+        args += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
     try:
         command_line(options, "", args)
     except SystemExit:
@@ -146,8 +150,6 @@ def toml_flags(path, options):
 def to_toml(options):
     """A dataclass of plain values as TOML; `resume` is a command, not a setting."""
     values = {key: value for key, value in asdict(options).items() if key != "resume"}
-    if lists := [key for key, value in values.items() if isinstance(value, tuple)]:
-        raise UserError(f"{lists[0]} is a tuple, as no config can have it: make it several fields")
     # JSON writes strings, numbers and booleans as TOML does, but for one character
     lines = (f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in values.items())
     return "".join(lines).replace("\x7f", "\\u007f")

@@ -84,9 +84,8 @@ def open_log(folder, cfg):
     try:
         file = open(path, mode, buffering=1, encoding="utf-8", newline="\n")  # noqa: SIM115
     except FileExistsError:
-        raise UserError(
-            f"{folder}/ holds a run by now: start again, or take another run_name"
-        ) from None
+        remedy = "start again with --resume=True or another --run_name"
+        raise UserError(f"{folder}/ holds a run by now: {remedy}") from None
     if not lock(file):
         raise UserError(f"{folder}/ is being trained by another process: let that one end first")
     file.write("\n" if torn else "")  # a kill may have left half a line
@@ -97,7 +96,7 @@ def open_log(folder, cfg):
             (folder / RESTARTS).write_text(os.environ["TORCHELASTIC_RUN_ID"])
         with replacing(folder / "config.toml") as temporary:
             temporary.write_text(to_toml(cfg), encoding="utf-8")
-    except (OSError, UserError):
+    except OSError:
         file.close()
         if not path.stat().st_size:  # else the same command, tried again, would find a run here
             path.unlink()
@@ -206,14 +205,15 @@ def introduce(state, loader, micro_steps, max_steps, runtime):
         runtime.print(f"the batches change from here on: {was} before, {now} now")
     if state.step > max_steps and cfg.max_steps:  # config.toml would tell of a run that never was
         raise UserError(f"max_steps={max_steps} was passed: the run is at step {state.step}")
-    one = hardware.checkpoint_bytes(model)  # told now, not when the first is due
-    runtime.agree(lambda: check_disk(Path(cfg.log_dir) / cfg.run_name, one))
+    folder = Path(cfg.log_dir) / cfg.run_name
     if state.step >= max_steps:
         runtime.print(f"step {state.step} is done: for more set --max_steps above {state.step}")
+    else:  # told now, not when the first is due
+        runtime.agree(lambda: check_disk(folder, hardware.checkpoint_bytes(model)))
     name = torch.cuda.get_device_name() if runtime.device.type == "cuda" else runtime.device
     parameters = sum(p.numel() for p in model.parameters())
     runtime.print(
-        f"run    {Path(cfg.log_dir) / cfg.run_name}/ on {name}, {runtime.dtype}, ranks: {world}, "
+        f"run    {folder}/ on {name}, {runtime.dtype}, ranks: {world}, "
         f"{hardware.attention_kernel(cfg, runtime)}\n"
         f"model  {parameters:,} parameters, {model.flops_per_token() / 1e6:,.1f} MFLOP a token\n"
         f"data   {cfg.data_dir}/, {len(loader.shards):,} tokens, {loader.steps_per_epoch():,} "

@@ -525,7 +525,7 @@ class GPT(nn.Module):
         try:
             model.load_state_dict(saved["model"])
         except RuntimeError as error:  # saved before this file was edited, or foreign
-            raise UserError(f"{path} does not fit ({in_short(error)})") from None
+            raise UserError(f"{path} does not fit ({in_short(error, 1000)})") from None
         return model.eval()
 
     @classmethod
@@ -888,8 +888,8 @@ def resume(folder, state, runtime):
     try:
         state.model.load_state_dict(saved["model"])
         load_moments(state.optimizer, saved["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path} does not fit ({in_short(error)})") from None
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path} does not fit ({in_short(error, 1000)})") from None
     if saved["scaler"]:  # empty where the run so far had no float16
         state.scaler.load_state_dict(saved["scaler"])
     state.step, state.best, state.layout = saved["step"], saved["best"], saved.get("layout")

@@ -331,6 +331,7 @@ def test_order_shows_no_correlation(n, seed):
 
 def test_fifteen_trillion_tokens_start_and_give_a_batch_in_bounded_time_and_memory():
     cost = {}
+    train_gpt2.random_words(0, n=1)  # its first call imports numpy.random
     for tokens in (10**6, 15 * 10**12):
         tracemalloc.start()
         begun = time.perf_counter()
@@ -466,6 +467,17 @@ CHANGED = {
         lambda checkpoint: checkpoint["model"].update({"transformer.ln_f.bias": torch.ones(3)}),
         r"ln_f\.bias",
     ),
+    "a shape differs beside many keys": (
+        lambda checkpoint: checkpoint["model"].update(
+            {f"transformer.h.0.attn.{i}_gain.weight": torch.ones(1) for i in range(6)}
+            | {"transformer.wpe.weight": torch.ones(3, 3)}
+        ),
+        r"5_gain.*transformer\.wpe\.weight",
+    ),
+    "the optimizer is of another kind": (
+        lambda checkpoint: checkpoint["optimizer"]["state"].update({0: {"momentum_buffer": 1}}),
+        "does not fit .KeyError",
+    ),
     "the optimizer has another layout": (other_layout, "optimizer has parameters of other shapes"),
     "the optimizer has other groups": (other_groups, "optimizer has parameters of other"),
 }
@@ -577,11 +589,17 @@ def test_disk_that_fills_up_amid_a_checkpoint_leaves_the_one_before(
 def test_run_without_room_for_a_checkpoint_is_refused_before_its_first_step(
     tiny_run, train, monkeypatch
 ):
-    one = hardware.checkpoint_bytes(GPT(tiny_run))
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=one - 1))
+    free = [hardware.checkpoint_bytes(GPT(tiny_run)) - 1]
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[0]))
     with pytest.raises(UserError, match=r"run needs .* more, .* are free: free some"):
         train(tiny_run)
     assert not Path(tiny_run.log_dir).exists()
+    free[0] += 1
+    train(tiny_run)
+    free[0] -= 1
+    train(replace(tiny_run, resume=True))  # which has nothing to save any more
+    with pytest.raises(UserError, match=r"run needs .* more"):
+        train(replace(tiny_run, resume=True, max_steps=9))
 
 
 def test_stop_whose_checkpoint_finds_no_room_says_what_is_lost(tiny_run, train, monkeypatch):

@@ -213,6 +213,13 @@ def test_micro_batch_does_not_change_the_training(tiny_run, train):
         assert small["train"][step] == pytest.approx(loss, abs=1e-5)
 
 
+def test_what_init_from_overrules_is_told_once(tiny_run, monkeypatch, capsys):
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        runs.tell_overruled(replace(tiny_run, init_from="x"), {"n_layer": 3, "mlp": "relu2"})
+    assert capsys.readouterr().out == "init_from=x has n_layer=3, whatever else was set\n"
+
+
 def test_finetuning_takes_weights_and_architecture_from_a_checkpoint(tiny_run, train, capsys):
     source, log = train(replace(tiny_run, mlp="relu2", eval_interval=8))
     cfg = replace(
@@ -799,16 +806,19 @@ def test_norms_of_the_kinds_of_layers_make_up_the_gradient_norm(tiny_run, train,
         assert math.sqrt(squares) == pytest.approx(norm, rel=1e-5)
 
 
-def test_norms_count_a_layer_of_a_new_kind_and_weights_that_a_step_left_out(tiny, make_model):
+@pytest.mark.parametrize("used", [True, False])
+def test_norms_count_a_layer_of_a_new_kind_and_weights_that_a_step_left_out(tiny, make_model, used):
     model = make_model(tiny).train()
     model.transformer.router = torch.nn.Linear(8, 8)
     model.transformer.expert = torch.nn.Linear(8, 8)
     norms = train_gpt2.trackers.Norms(model)
     idx = torch.arange(16)[None]
-    (model(idx, idx) + model.transformer.router(torch.ones(8)).sum()).backward()
+    routed = model.transformer.router(torch.ones(8)).sum() if used else 0
+    (model(idx, idx) + routed).backward()
     norms.before()
     norms.after()
-    squares = sum(p.grad.square().sum() for p in model.transformer.router.parameters())
+    gradients = [p.grad for p in model.transformer.router.parameters() if used]
+    squares = sum(float(g.square().sum()) for g in gradients)
     assert norms.values["norm_other"] == pytest.approx(math.sqrt(squares), rel=1e-5)
     assert norms.values.keys() == {*NORMS, "norm_other", "update_other"}
 
@@ -1588,7 +1598,7 @@ def test_run_without_a_name_is_refused_not_strewn_over_log_dir(tiny_run, runtime
 def test_two_runs_that_start_at_once_do_not_share_a_folder(tiny_run, train, runtime):
     folder, log = train(tiny_run)  # the other, which took the name after both had looked
     (folder / ".step_000009.pt.1.tmp").touch()  # which it is writing just now
-    with pytest.raises(UserError, match=r"run/ holds a run by now: start again"):
+    with pytest.raises(UserError, match=r"run/ holds a run by now: start again with"):
         train_gpt2.train(replace(tiny_run, seed=2), runtime)
     assert "seed = 1337" in (folder / "config.toml").read_text(encoding="utf-8")
     assert (folder / ".step_000009.pt.1.tmp").exists()
