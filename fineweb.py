@@ -104,8 +104,8 @@ def find_shards(folder, split):
     if paths := shard_paths(folder, split):
         return paths
     raise UserError(
-        f"no {split} shards in {Path(folder)}/ (is another --data_dir meant?)."
-        " FineWeb-Edu (20 GB): python fineweb.py\n"
+        f"no {split} shards in {Path(folder)}/, such as x_{split}_000001.npy or .bin (is another "
+        "--data_dir meant?). FineWeb-Edu (20 GB): python fineweb.py\n"
         "       two minutes, no download: python fineweb.py --source=python-docs && "
         "python train_gpt2.py configs/tiny.toml"
     )
@@ -197,7 +197,8 @@ def resolve(options):
     for field in fields(options):
         value, least = getattr(options, field.name), int(field.name == "shard_tokens")
         if value != field.default and field.name not in deciding + ANY_SOURCE:
-            raise UserError(f"--{field.name} has no meaning with --source={source}: leave it out")
+            remedy = "add --source=local" if field.name == "input" else "leave it out"
+            raise UserError(f"--{field.name} has no meaning with --source={source}: {remedy}")
         if field.type is int and not least <= value <= MOST:
             expected = f"expected {least} to {MOST:,}"
             raise UserError(f"--{field.name}={value} is not possible: {expected}")
@@ -394,6 +395,8 @@ def tokenize(blocks, options):
         message = "a tokenizing process died, for lack of memory perhaps"
         raise UserError(f"{message}: try --processes={workers // 2}") from None
     finally:
+        for process in multiprocessing.active_children():
+            process.terminate()  # else Ctrl-C would wait for their Blocks, and a second one hang
         pool.shutdown(cancel_futures=True)
 
 
@@ -405,7 +408,11 @@ def follow_parent():
 
 
 def encode_block(block, fast):
-    """The tokens of a Block as one uint16 array, each document of it led by <|endoftext|>."""
+    """The tokens of a Block as one uint16 array, each document of it led by <|endoftext|>.
+
+    Called by several processes or threads, in any order, and again after a stop: of the Block alone
+    it must depend. A long text comes in several Blocks. By the marks the documents are counted.
+    """
     parts = []
     for texts, begins in reading.stretches(block.load(), block.goes_on):
         tokens = fast.encode(texts) if fast else encode(texts.to_pylist())
@@ -485,6 +492,8 @@ class FastTokenizer:
 
         if texts.nbytes < SMALL:
             return encode(texts.to_pylist())
+        if not self.gigatoken:
+            self.check()
         if pc.min(lengths := pc.binary_length(texts)).as_py() == 0:
             texts = texts.filter(pc.greater(lengths, 0))
         apart = disputed(texts)
@@ -493,6 +502,12 @@ class FastTokenizer:
             apart += np.flatnonzero(pc.match_substring(texts, MARK)).tolist()
             tokens = self.encode_but(sorted(set(apart)), texts)
         return tokens
+
+    def check(self):
+        """A UserError if an edit of tokenizer() has left gigatoken behind: both would be mixed."""
+        probe = ["It's 12345678 of\n\n  na\u00efve \u65e5\u672c; x=[1],\tdon't"]
+        if not np.array_equal(self.encode_together(large_strings(probe)), encode(probe)):
+            raise UserError("tokenizer() is no longer gigatoken's GPT-2: use --tokenizer=tiktoken")
 
     def encode_but(self, apart, texts):
         """The tokens of texts, with those whose numbers are in `apart` by tiktoken."""
@@ -602,7 +617,7 @@ def save_shards(tokens, sizes, made, options, ranks, manifest):
             if number == 0 and not place:
                 needed = f"--val_tokens={options.val_tokens} and some to train on"
                 part = "the first process's part of the input" if ranks.world > 1 else "the input"
-                remedy = f"add text, or try --val_tokens={max(1, held // 10)}"
+                remedy = f"add text, or try --val_tokens={held // 10}" if held > 9 else "add text"
                 raise UserError(f"{part} gives {held:,} tokens, too few for {needed}: {remedy}")
             if not partial.exists():  # so that a shard without a manifest is never this tool's
                 write_manifest(partial, manifest)
@@ -872,7 +887,7 @@ def settings(options):
         asked["dataset"] += f"@{asked.pop('revision')}"
     if options.source == "local":
         asked["input"] = fingerprint(local_files(options.input))
-    return {"version": VERSION, "source": options.source, "encoding": "gpt2", **asked}
+    return {"version": VERSION, "source": options.source, "encoding": tokenizer().name, **asked}
 
 
 def finish(folder, ranks, manifest):
@@ -965,7 +980,8 @@ def check_shards(folder, manifest, more=False):
 def check_finished(folder):
     if any(folder.glob(PARTIAL.format("*"))):
         unfinished = f"the shards in {folder}/ are not all there yet"
-        raise UserError(f"{unfinished}: run the same python fineweb.py command again, it goes on")
+        again = "run the same python fineweb.py command again, it goes on"
+        raise UserError(f"{unfinished}: let it end, or, if none is running, {again}")
 
 
 def verify(folder):

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -594,6 +595,37 @@ if __name__ == "__main__":
     main.send_signal(signal.SIGKILL)
     main.communicate(timeout=20)  # the workers hold its output open until they end
     assert len(workers) == 2
+
+
+def sleep_a_minute():
+    time.sleep(60)
+    return reading.large_strings(["text"])
+
+
+def test_interrupted_preparation_waits_for_no_text_that_is_being_tokenized():
+    """Such a wait took seconds, and a second Ctrl-C in it left processes that never ended."""
+
+    def blocks():
+        yield from [reading.Block(sleep_a_minute, 0, 1.0)] * 3
+        raise KeyboardInterrupt
+
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        list(fineweb.tokenize(blocks(), pipeline()))
+    assert time.monotonic() - begun < 30 and not multiprocessing.active_children()
+
+
+def test_tokenizer_that_was_edited_is_not_mixed_with_gigatoken_s(monkeypatch, tmp_path):
+    one = fineweb.tokenizer()
+    edited = tiktoken.Encoding(
+        "mine", pat_str=r"\p{N}|\P{N}+", mergeable_ranks=one._mergeable_ranks, special_tokens={}
+    )
+    prepare_local(write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out")
+    monkeypatch.setattr(fineweb, "tokenizer", lambda: edited)
+    with pytest.raises(UserError, match="made with encoding=gpt2, not mine"):
+        prepare_local(tmp_path / "a.jsonl", tmp_path / "out", tokenizer="tiktoken", processes=1)
+    with pytest.raises(UserError, match="no longer gigatoken's GPT-2: use --tokenizer=tiktoken"):
+        prepare_local(tmp_path / "a.jsonl", tmp_path / "other", tokenizer="gigatoken")
 
 
 def number_of_this_process():
@@ -2022,7 +2054,7 @@ def test_ranks_of_a_machine_share_its_cores(monkeypatch, ranks, processes):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (dict(input=("x.txt",)), "--input has no meaning with --source=fineweb-edu"),
+        (dict(input=("x.txt",)), "--input has no meaning with --source=fineweb-edu: add --source"),
         (dict(source="pretokenized", val_tokens=5), "--val_tokens has no meaning with"),
         (dict(source="python-docs", text_column="x"), "--text_column has no meaning with"),
         (dict(source="local"), "needs --input=PATH"),
