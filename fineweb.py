@@ -372,7 +372,7 @@ AHEAD = 8  # Blocks that may wait for the tokenizers, and as many for the disk
 
 def tokenize(blocks, options):
     """Yield (block, its tokens, uint16) in order; parsing and tokenizing run beside the reading."""
-    workers = options.processes
+    workers, others = options.processes, set(multiprocessing.active_children())
     fast = FastTokenizer() if options.tokenizer == "gigatoken" else None
     if fast or workers == 1:
         workers = min(workers, 4)  # one feeds gigatoken, the others parse
@@ -395,7 +395,7 @@ def tokenize(blocks, options):
         message = "a tokenizing process died, for lack of memory perhaps"
         raise UserError(f"{message}: try --processes={workers // 2}") from None
     finally:
-        for process in multiprocessing.active_children():
+        for process in set(multiprocessing.active_children()) - others:
             process.terminate()  # else Ctrl-C would wait for their Blocks, and a second one hang
         pool.shutdown(cancel_futures=True)
 

@@ -615,6 +615,19 @@ def test_interrupted_preparation_waits_for_no_text_that_is_being_tokenized():
     assert time.monotonic() - begun < 30 and not multiprocessing.active_children()
 
 
+def test_process_of_the_caller_s_own_is_left_to_it():
+    other = multiprocessing.get_context("spawn").Process(target=sleep_a_minute)
+    other.start()
+    try:
+        block = reading.Block(number_of_this_process, 0, 1.0)
+        assert len(list(fineweb.tokenize([block] * 3, pipeline()))) == 3
+        other.join(1)  # a signal takes a moment
+        assert other.is_alive()
+    finally:
+        other.kill()
+        other.join()
+
+
 def test_tokenizer_that_was_edited_is_not_mixed_with_gigatoken_s(monkeypatch, tmp_path):
     one = fineweb.tokenizer()
     edited = tiktoken.Encoding(
