@@ -133,12 +133,11 @@ def toml_flags(path, options):
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"config {path} cannot be read: {error}") from None
-    lists = {field.name for field in fields(options) if isinstance(field.default, tuple)}
-    kinds = {key: dict if key in lists else dict | list for key in values}
-    if nested := [key for key, value in values.items() if isinstance(value, kinds[key])]:
-        raise UserError(f"config {path}: {nested[0]} is not a plain value; write key = value")
+    tuples = {field.name for field in fields(options) if isinstance(field.default, tuple)}
     args = []
     for key, value in values.items():
+        if isinstance(value, dict) or (isinstance(value, list) and key not in tuples):
+            raise UserError(f"config {path}: {key} is not a plain value; write key = value")
         args += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
     try:
         command_line(options, "", args)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -202,3 +203,11 @@ def screen(monkeypatch):
     screen = io.StringIO()
     monkeypatch.setattr(tqdm, "tqdm", Shown)
     return screen
+
+
+@pytest.fixture
+def free_port():
+    """A port for ranks that are started by hand, as MASTER_PORT has it."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])

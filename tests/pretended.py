@@ -48,7 +48,7 @@ def is_gpu(device):
     return device is not None and torch.device(device).type == "cuda"
 
 
-def to(x, *args, device=None, dtype=None, non_blocking=False, copy=False, **how):
+def to(x, *args, device=None, dtype=None, non_blocking=False, **how):
     """Tensor.to, which may cross over."""
     for given in args:
         if isinstance(given, torch.dtype):
@@ -160,8 +160,5 @@ def pretend():
         setattr(cuda, name, lambda *_: None)
     cuda.is_current_stream_capturing = lambda: False
     cuda.Stream = cuda.current_stream = Stream
-    cuda.stream, cuda.graph, cuda.CUDAGraph = (
-        lambda stream: contextlib.nullcontext(),
-        Capture,
-        Graph,
-    )
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.graph, cuda.CUDAGraph = Capture, Graph

@@ -4,7 +4,6 @@ import functools
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -78,15 +77,12 @@ with contextlib.closing(Runtime("cpu", "float32", timeout=60)) as runtime:
 """
 
 
-def test_ranks_are_counted_over_all_machines_and_fail_as_rank_0_does():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    here = dict(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", WORLD_SIZE="2", MASTER_ADDR="localhost")
+def test_ranks_are_counted_over_all_machines_and_fail_as_rank_0_does(free_port):
+    here = dict(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     machines = [
         subprocess.Popen(
             [sys.executable, "-c", COUNTED], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-            env=os.environ | here | dict(MASTER_PORT=str(port), RANK=rank),
+            env=os.environ | here | dict(MASTER_PORT=free_port, RANK=rank),
         )
         for rank in "01"
     ]  # fmt: skip

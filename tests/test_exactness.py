@@ -771,15 +771,6 @@ def test_rank_that_hangs_ends_the_run_with_an_error_after_the_set_time(
     print(f"--rank_timeout=5: ended {waited:.1f} s after the other rank fell asleep")
 
 
-@pytest.fixture
-def free_port():
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
-
-
 @posix
 @pytest.mark.slow
 def test_stopped_rank_ends_the_group_with_an_error(tiny_run, run_faulty, write_toml):
