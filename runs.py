@@ -75,8 +75,6 @@ def choose_run_name(cfg, default):
 
 def open_log(folder, cfg):
     """log.txt, opened to append, of a folder that is this process's from now on; config.toml."""
-    if not cfg.run_name:
-        raise UserError("run_name is empty: name the run, whose folder will be below log_dir")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "log.txt"
     torn = path.exists() and not path.read_bytes().endswith(b"\n")
@@ -199,6 +197,8 @@ def introduce(state, loader, micro_steps, max_steps, runtime):
     """Say on what, with what and how long the run trains; refuse what could only lose its work."""
     model, world, tokens = state.model, runtime.world, loader.G * loader.T
     cfg = model.cfg
+    if not cfg.run_name:
+        raise UserError("run_name is empty: name the run, whose folder will be below log_dir")
     if state.layout not in (None, loader.layout):
         text = "{:,} tokens of data, {:,} sequences a step"
         was, now = text.format(*state.layout), text.format(*loader.layout)
